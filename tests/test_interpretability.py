@@ -22,12 +22,17 @@ from nextword.common.fs import write_manifest
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.activations import capture, logit_lens, max_explained_tokens, override_embeddings
 from nextword.interpretability.attribution import integrated_gradients, mean_token_embedding
-from nextword.interpretability.explain import explain, token_log_prob
+from nextword.interpretability.explain import explain, log_prob_of
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
 from nextword.pipeline.language_model import LanguageModel
-from nextword.reporting.explain_page import content_security_policy, text_direction, write_explanation_page
+from nextword.reporting.explain_page import (
+    content_security_policy,
+    show_whitespace,
+    text_direction,
+    write_explanation_page,
+)
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 
 transformers = pytest.importorskip("transformers")
@@ -159,7 +164,7 @@ def test_head_patterns_are_fractions_of_attention_weight(models: dict[str, Langu
 def test_attributions_are_complete_and_equal_the_integral(model: LanguageModel) -> None:
     """Completeness, and the midpoint rule along the same way, by the model's own gradients."""
     ids = model.tokenizer.encode(TEXT)
-    output = token_log_prob(model.gpt, 7)
+    output = log_prob_of(model.gpt, [7])
     found = integrated_gradients(model.gpt, ids, output, fixed_positions=[2])
     assert found.completeness_error < 0.01
     assert sum(found.per_token) == pytest.approx(found.output_difference, rel=0.01)
@@ -300,17 +305,29 @@ def test_a_classifier_without_output_embeddings_is_reported(tokenizer: Tokenizer
 # ---------------------------------------------------------------- what is asked
 
 
-def test_a_word_is_encoded_as_a_continuation(models: dict[str, LanguageModel]) -> None:
-    model = models["gpt2"]
-    spaced, plain = (model.tokenizer.encode(one)[0] for one in (" doctor", "doctor"))
-    with torch.no_grad():
-        logits = model.gpt.unembed(model.gpt(torch.tensor([model.tokenizer.encode("The nurse said that")]))[0, -1])
-    told = explain(model, ["The nurse said that"], word="doctor")
-    likelier = spaced if logits[spaced] >= logits[plain] else plain
-    assert told["leaning"]["target"] == model.tokenizer.decode([likelier])
-    assert told["leaning"]["output"] == pytest.approx(float(logits.log_softmax(-1)[likelier]), abs=1e-5)
-    notes = explain(model, ["The nurse said that"], word="xylophone")["notes"]
-    assert any(re.search(r"is \d+ tokens; the first, .* is explained", note) for note in notes)
+@pytest.mark.parametrize("word", ["doctor", "xylophone", "看護師"])
+def test_all_tokens_of_a_word_are_explained(models: dict[str, LanguageModel], word: str) -> None:
+    """Bytes of characters included. The word is the likelier of its encodings with and without a space."""
+    model, text = models["gpt2"], "The nurse said that"
+    input_ids = model.tokenizer.encode(text)
+
+    def log_prob(ids: list[int]) -> float:
+        with torch.no_grad():
+            log_probs = model.gpt.unembed(model.gpt(torch.tensor([input_ids + ids]))[0]).log_softmax(-1)
+        return float(log_probs[len(input_ids) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).sum())
+
+    leaning = explain(model, [text], word=word)["leaning"]
+    assert leaning["target"] == word and len(leaning["parts"]) == len(input_ids)
+    expected = max(log_prob(model.tokenizer.encode(form)) for form in (word, f" {word}"))
+    assert leaning["output"] == pytest.approx(expected, abs=1e-4)
+    assert leaning["sum"] == pytest.approx(leaning["output"] - leaning["at_baseline"], rel=0.02, abs=1e-3)
+
+
+def test_tokens_are_shown_as_what_they_are() -> None:
+    assert show_whitespace(" the") == "the" and show_whitespace("  ") == "␣␣" and show_whitespace("a\nb\t") == "a↵b⇥"
+    assert show_whitespace(" \u0e34") == "\u25cc\u0e34" and show_whitespace("\u0301\u0301") == "\u25cc\u0301\u0301"
+    assert show_whitespace("क\u094d\u200dष") == "क\u094d\u200dष"  # a joiner is part of the word
+    assert show_whitespace("\x1b[31m\u202e") == "\ufffd[31m\ufffd"
 
 
 def test_invalid_requests_are_rejected(models: dict[str, LanguageModel]) -> None:
@@ -321,6 +338,8 @@ def test_invalid_requests_are_rejected(models: dict[str, LanguageModel]) -> None
         explain(model, [TEXT], label="good")
     with pytest.raises(UsageError, match="--word needs a word"):
         explain(model, [TEXT], word="")
+    with pytest.raises(UsageError, match="more than the context"):
+        explain(model, ["The nurse said"], word="x" * 4000)
 
 
 def test_long_texts_are_truncated_with_a_note(

@@ -60,7 +60,7 @@ def explain(
     Args:
         model: the model.
         texts: one text; for a fine-tuned model the texts of one example, as `nextword predict` takes them.
-        word: the next word whose probability is explained (default: the likeliest token).
+        word: the next word whose probability is explained, all of its tokens together (default: the likeliest token).
         label: the label whose logit is explained (default: the predicted label).
 
     Returns:
@@ -77,24 +77,25 @@ def explain(
     model_input = prepare_input(model, texts, label)
     input_ids, notes, config = model_input.input_ids, list(model_input.notes), model.gpt.config
     activations, predicts_tokens = capture(model.gpt, input_ids), has_lm_head(model)
+    word_ids: list[int] = []
     if model_input.output_names:
         if word is not None:
             raise UsageError("--word is for models that generate text; this model has a task head: use --label LABEL")
         kind, unit, target = "label", "logit", model_input.output_names[model_input.target_index]
         output_function = class_logit(model.gpt, model_input.target_index)
     else:
-        token_id = int(logit_lens(model.gpt, activations.residual_streams[-1, -1:]).argmax())
-        if word is not None:
-            token_id, note = next_token_id(model, input_ids, word)
-            notes += [note] if note else []
-        kind, unit, target = "word", "nats", describe_token(model.tokenizer, token_id)["text"]
-        output_function = token_log_prob(model.gpt, token_id)
+        likeliest = int(logit_lens(model.gpt, activations.residual_streams[-1, -1:]).argmax())
+        word_ids = [likeliest] if word is None else next_word_ids(model, input_ids, word)
+        kind, unit, target = "word", "nats", word or describe_token(model.tokenizer, likeliest)["text"]
+        output_function = log_prob_of(model.gpt, word_ids)
     if not predicts_tokens:
         notes.append("This model was made for its task and no longer predicts tokens.")
     tokens = [describe_token(model.tokenizer, token_id) for token_id in input_ids]
     special = [t for t, token in enumerate(tokens) if token["kind"] == "marker"]
     fixed_positions = [] if len(special) == len(tokens) else special
-    attributions = integrated_gradients(model.gpt, input_ids, output_function, fixed_positions)
+    read_ids = [*input_ids, *word_ids[:-1]]  # a word of several tokens is predicted token by token
+    fixed_positions += range(len(input_ids), len(read_ids))
+    attributions = integrated_gradients(model.gpt, read_ids, output_function, fixed_positions)
     if predicts_tokens:
         tokens = _with_probabilities(model, tokens, logit_lens(model.gpt, activations.residual_streams[-1]))
     shares = np.round(head_patterns(activations.attention).double().numpy(), ROUND_DIGITS).tolist()
@@ -125,7 +126,7 @@ def explain(
             "target": target,
             "unit": unit,
             "baseline": "the mean of all token embeddings for every token but special tokens",
-            "parts": attributions.per_token,
+            "parts": attributions.per_token[: len(input_ids)],
             "sum": attributions.total,
             "output": attributions.target_output,
             "at_baseline": attributions.baseline_output,
@@ -136,9 +137,15 @@ def explain(
     }
 
 
-def token_log_prob(model: GPT, token_id: int) -> OutputFunction:
-    """log P(token | text), in nats, at the last position."""
-    return lambda hidden: model.unembed(hidden[:, -1]).float().log_softmax(-1)[:, token_id]
+def log_prob_of(model: GPT, token_ids: Sequence[int]) -> OutputFunction:
+    """log P(tokens | text), in nats, from the positions of the text and of all but the last of the tokens."""
+    targets = torch.tensor(token_ids, device=model.unembedding.device)[None, :, None]
+
+    def log_prob(hidden: Tensor) -> Tensor:
+        log_probs = model.unembed(hidden[:, -len(token_ids) :]).float().log_softmax(-1)
+        return log_probs.gather(-1, targets.expand(len(hidden), -1, -1)).sum((1, 2))
+
+    return log_prob
 
 
 def class_logit(model: GPT, class_index: int) -> OutputFunction:
@@ -292,23 +299,22 @@ def has_lm_head(model: LanguageModel) -> bool:
     return model.gpt.config.family in ("gpt1", "gpt2") if tied is None else tied is True
 
 
-def next_token_id(model: LanguageModel, input_ids: Sequence[int], word: str) -> tuple[int, str | None]:
-    """The first token of a word that follows a text, with or without a space before it, whichever is likelier.
-
-    Returns:
-        The token and, if the word has more tokens, a note.
+def next_word_ids(model: LanguageModel, input_ids: Sequence[int], word: str) -> list[int]:
+    """The tokens of a word that follows a text, with or without a space before it, whichever is likelier.
 
     Raises:
-        UsageError: the word is empty.
+        UsageError: the word is empty, or does not fit into the context after the text.
     """
     tokenizations = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word}")} - {()}
     if not word or not tokenizations:
         raise UsageError("--word needs a word, for example --word doctor")
-    with torch.no_grad():
-        hidden = model.gpt(torch.tensor([list(input_ids)], device=model.gpt.unembedding.device))
-        logits = model.gpt.unembed(hidden[0, -1])
-    best = max(tokenizations, key=lambda tokens: (float(logits[tokens[0]]), tokens))
-    if len(best) == 1:
-        return best[0], None
-    first = model.tokenizer.token_bytes(best[0]).decode("utf-8", "replace").strip()
-    return best[0], f"“{word}” is {len(best)} tokens; the first, “{first}”, is explained."
+    context_length = model.gpt.config.context_length
+    if (length := len(input_ids) + max(map(len, tokenizations)) - 1) > context_length:
+        raise UsageError(f"the text and --word have {length:,} tokens, more than the context of {context_length:,}")
+
+    def log_prob(token_ids: tuple[int, ...]) -> float:
+        read_ids = torch.tensor([[*input_ids, *token_ids[:-1]]], device=model.gpt.unembedding.device)
+        with torch.no_grad():
+            return float(log_prob_of(model.gpt, token_ids)(model.gpt(read_ids)))
+
+    return list(max(tokenizations, key=lambda token_ids: (log_prob(token_ids), token_ids)))

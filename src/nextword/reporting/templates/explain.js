@@ -16,9 +16,9 @@ function element(tag, className, ...children) {
   return node;
 }
 
-/** Control characters as visible symbols, line breaks and tabs as arrows. */
+/** Control characters as visible symbols, line breaks and tabs as arrows, a combining mark without a letter on a dotted circle. */
 const visible = (text) =>
-  text.replace(/[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, (c) =>
+  text.replace(/^( *)(?=\p{M})/u, "$1◌").replace(/[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, (c) =>
     c === "\n" ? "↵" : c === "\t" ? "⇥" : c === "\x7f" ? "␡" : c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "�");
 
 /** An element with the text of a token, its leading spaces made visible. */
