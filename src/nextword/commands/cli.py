@@ -36,15 +36,8 @@ BROKEN_PIPE = 128 + 13  # as if SIGPIPE had ended the process
 OUT_OF_MEMORY = "not enough memory: choose a smaller model or batch, or a machine with more. What was saved is intact"
 # Options that every command took, with effect or not; accepted until the next release.
 FORMERLY_UNIVERSAL = {"device", "seed"}
-READ_FROM_STDIN = {
-    "prompts",
-    "text",
-    "texts",
-    "data",
-    "search_texts",
-    "passages",
-    "file",
-}  # options that take a hyphen for it
+# Options that take a hyphen for standard input.
+READ_FROM_STDIN = {"prompts", "text", "texts", "data", "search_texts", "passages", "file"}
 OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
 DESCRIPTION = (
     "From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.\n\n"

@@ -1,6 +1,6 @@
 """The members of an ensemble that a pre-training run distills into one model (`pretrain --members N`)."""
 
-import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,15 +123,5 @@ def load_members(run: "RunContext", members: Sequence[Member]) -> "list[GPT]":
 def describe_members(members: Sequence[Member]) -> dict[str, Any]:
     """The members in result.json: the bits per byte of each, and their sample standard deviation, the noise of the seed."""
     values = [member.bits_per_byte for member in members if member.bits_per_byte is not None]
-    mean = sum(values) / max(1, len(values))
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1) if len(values) > 1 else None
-    return {
-        "bits_per_byte": values,
-        "seeds": [member.seed for member in members],
-        "standard_deviation": None if variance is None else variance**0.5,
-    }
-
-
-def remove_members(run: "RunContext") -> None:
-    """Delete the members of a finished run."""
-    shutil.rmtree(run.run_dir.path / "members", ignore_errors=True)
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"bits_per_byte": values, "seeds": [member.seed for member in members], "standard_deviation": spread}

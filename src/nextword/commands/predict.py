@@ -9,14 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, command
-from nextword.commands.shared import (
-    can_be_path,
-    check_output_file,
-    column_names,
-    format_metric,
-    is_existing,
-    optional,
-)
+from nextword.commands.shared import can_be_path, check_output_file, column_names, format_metric, is_existing, optional
 from nextword.common.command_result import Result
 from nextword.common.console import Console, StandardError, read_standard_input, to_json_line, write_result
 from nextword.common.errors import NextwordError, UsageError

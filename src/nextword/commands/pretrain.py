@@ -1,6 +1,7 @@
 """``nextword pretrain``: a GPT from text."""
 
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,14 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands import shared
 from nextword.commands.command import Context, command, stored_options
-from nextword.commands.members import (
-    Member,
-    check_members,
-    describe_members,
-    load_members,
-    remove_members,
-    train_members,
-)
+from nextword.commands.members import Member, check_members, describe_members, load_members, train_members
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration, quote_command
 from nextword.common.fs import MANIFEST
@@ -84,15 +78,8 @@ def format_run(result: shared.RunResult) -> str:
 
 def format_sample(result: shared.RunResult, split: Literal["validation", "test"] = "validation") -> str:
     """How much of the validation or test set the loss was computed on, with the interval of a sample."""
-    loss, bits_per_byte, margin, tokens = (
-        result.loss,
-        result.bits_per_byte,
-        result.loss_margin,
-        result.validation_tokens,
-    )
-    if split == "test":
-        loss, bits_per_byte = result.test_loss, result.test_bits_per_byte
-        margin, tokens = result.test_loss_margin, result.test_tokens
+    prefix, tokens = ("test_", result.test_tokens) if split == "test" else ("", result.validation_tokens)
+    loss, bits_per_byte, margin = (getattr(result, prefix + name) for name in ("loss", "bits_per_byte", "loss_margin"))
     if not margin or not loss or not bits_per_byte:
         return f"all {tokens:,} tokens of the {split} set"
     return (
@@ -140,7 +127,7 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
             members = train_members(run, config, corpus, recipe, pretrain.run)
         result = train_language_model(run, corpus, recipe, members=members)
         if not config.keep_members:
-            remove_members(run)
+            shutil.rmtree(run.run_dir.path / "members", ignore_errors=True)
         return result
 
     return start_run(shared.RunResult, train, config, context)
@@ -212,11 +199,7 @@ def open_or_prepare_corpus(run: "RunContext", texts: Sequence[str], **settings: 
 
 
 def train_language_model(
-    run: "RunContext",
-    corpus: "Corpus",
-    recipe: Recipe,
-    base: "BaseModel | None" = None,
-    members: Sequence[Member] = (),
+    run: "RunContext", corpus: "Corpus", recipe: Recipe, base: "BaseModel | None" = None, members: Sequence[Member] = ()
 ) -> dict[str, Any]:
     """Train a language model on a corpus.
 
@@ -266,14 +249,7 @@ def train_language_model(
 
     loss_fn = distillation_loss(load_members(run, members), TEACHER_WEIGHT) if members else causal_lm_loss
     with setup_training(
-        run,
-        metadata,
-        model,
-        loss_fn,
-        dataset,
-        recipe,
-        init_weights=init_weights,
-        seconds_per_step=seconds_per_step,
+        run, metadata, model, loss_fn, dataset, recipe, init_weights=init_weights, seconds_per_step=seconds_per_step
     ) as setup:
         evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe, evaluates_base=base is not None)
         expectation = None if members else planned_expectation(metadata)

@@ -169,28 +169,30 @@ def is_run_file(file: Path, directory: Path) -> bool:
     return file.parent != directory or needed or not is_results
 
 
-def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
-    """Column names by role, also from strings such as ``text=review``. Raises `UsageError` for any other string."""
-    if columns is None or isinstance(columns, Mapping):
-        return dict(columns or {})
-    names: dict[str, str] = {}
-    for column in [columns] if isinstance(columns, str) else columns:
-        role, _, names[role] = column.partition("=")
-        if not role or not names[role]:
-            raise UsageError(f"--column {column!r}: write a role and a column, for example --column text=review")
-    return names
+def mapping(pattern: str, expected: str) -> Callable[[Mapping[str, str] | Sequence[str] | None], dict[str, str]]:
+    """A converter of mappings that are given as such or as strings such as ``text=review``.
+
+    Args:
+        pattern: A regular expression of a string, whose groups are the key and the value.
+        expected: The beginning of the message for any other string, which names the option, and its end.
+    """
+
+    def convert(values: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+        if values is None or isinstance(values, Mapping):
+            return dict(values or {})
+        texts = [values] if isinstance(values, str) else values
+        matches = [re.fullmatch(pattern, text, re.DOTALL) for text in texts]
+        if None in matches:
+            raise UsageError(expected.format(texts[matches.index(None)]))
+        return {match[1]: match[2] for match in matches if match}
+
+    return convert
 
 
-def label_names(labels: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
-    """New names by label, also from strings such as ``Pos=pos``. Raises `UsageError` for a string without ``=``."""
-    if labels is None or isinstance(labels, Mapping):
-        return dict(labels or {})
-    names: dict[str, str] = {}
-    for text in [labels] if isinstance(labels, str) else labels:
-        label, separator, names[label] = text.rpartition("=")
-        if not separator or not label:
-            raise UsageError(f"--map-label {text!r}: write a label and its new name, for example --map-label=Pos=pos")
-    return names
+column_names = mapping(r"([^=]+)=(.+)", "--column {!r}: write a role and a column, for example --column text=review")
+label_names = mapping(
+    r"(.+)=([^=]*)", "--map-label {!r}: write a label and its new name, for example --map-label=Pos=pos"
+)
 
 
 # ---------------------------------------------------------------- option groups

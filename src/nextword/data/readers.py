@@ -54,6 +54,7 @@ _SENTENCE_END = re.compile(r"\w[.!?]$")
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 ColumnSelector = Callable[[list[str]], list[str]]
+RecordMaker = Callable[[int, Any], "Iterator[Record]"]  # of the object at a line, if it is one
 
 
 @dataclass
@@ -296,6 +297,7 @@ def read_records(
     """
     suffix, compression = file_format(path)
     suffix, selector = table_format.suffix or suffix, select_columns or list[str]
+    make_record = partial(_make_record, path, issues, selector, table_format.keeps_rows)
     if suffix not in TABLE_SUFFIXES:
         issues.add(path, None, f"not a supported table ({', '.join(TABLE_SUFFIXES)}, plain, .gz or .zst)")
     elif suffix == ".parquet" and compression:
@@ -305,11 +307,11 @@ def read_records(
     elif suffix == ".parquet":
         yield from _read_parquet(path, issues, selector, table_format.keeps_rows)
     elif suffix == ".json":
-        yield from _read_json(path, decode_chunks(path, issues, blocks), issues, selector, table_format.keeps_rows)
+        yield from _read_json(path, decode_chunks(path, issues, blocks), issues, make_record)
     else:
         lines = LineReader(path, decode_chunks(path, issues, blocks), issues)
         if suffix in (".jsonl", ".ndjson"):
-            yield from _read_jsonl(path, lines, issues, selector, table_format.keeps_rows)
+            yield from _read_jsonl(path, lines, issues, make_record)
         else:
             yield from _read_csv(path, lines, issues, selector, replace(table_format, suffix=suffix))
 
@@ -332,9 +334,7 @@ def _normalize_newlines(text: str) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-def _read_jsonl(
-    path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
-) -> Iterator[Record]:
+def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, make_record: RecordMaker) -> Iterator[Record]:
     for line in lines:
         lines.start_row()
         if line.isspace():
@@ -348,11 +348,11 @@ def _read_jsonl(
         except (ValueError, RecursionError) as error:
             issues.lose_row(path, lines.line_number, "not valid JSON", error_text(error))
             continue
-        yield from _make_record(path, lines.line_number, value, issues, selector, keeps_rows)
+        yield from make_record(lines.line_number, value)
 
 
 def _make_record(
-    path: Path, line: int, value: Any, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
+    path: Path, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool, line: int, value: Any
 ) -> Iterator[Record]:
     """The record of a JSON object; none if it is no object or lacks a column."""
     if not is_json_object(value):
@@ -446,16 +446,14 @@ class _JSONScanner:
                     lists[name] = elements
 
 
-def _read_json(
-    path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
-) -> Iterator[Record]:
+def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, make_record: RecordMaker) -> Iterator[Record]:
     scanner = _JSONScanner(join_chunks(path, chunks, issues))
     lists: dict[str, list[tuple[int, Any]]] = {}
     first = scanner.peek()
     try:
         if first == "[":
             for line, value in scanner.iter_elements():
-                yield from _make_record(path, line, value, issues, selector, keeps_rows)
+                yield from make_record(line, value)
         elif first == "{":
             scanner.collect_object_lists(lists)
         elif first:
@@ -475,7 +473,7 @@ def _read_json(
         issues.add(path, 1, "more than one list of objects; make a file of each", ", ".join(lists))
         return
     for line, value in chain.from_iterable(lists.values()):
-        yield from _make_record(path, line, value, issues, selector, keeps_rows)
+        yield from make_record(line, value)
 
 
 def join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:

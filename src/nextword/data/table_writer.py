@@ -12,22 +12,15 @@ from nextword.common.errors import UsageError
 from nextword.data.issues import replace_surrogates
 
 WRITABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+UNSUPPORTED_SUFFIXES = (
+    *(".parquet", ".xlsx", ".xls", ".ods", ".feather", ".arrow"),
+    *(".gz", ".zst", ".bz2", ".zip"),
+)
 
 
 def check_table_suffix(path: Path) -> None:
     """Raise `UsageError` for the name of a table in a format that is not written. A name without a format is JSON Lines."""
-    if path.suffix.lower() in (
-        ".parquet",
-        ".xlsx",
-        ".xls",
-        ".ods",
-        ".feather",
-        ".arrow",
-        ".gz",
-        ".zst",
-        ".bz2",
-        ".zip",
-    ):
+    if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise UsageError(f"--out {path}: {path.suffix} is not written; choose {', '.join(WRITABLE_SUFFIXES)}")
 
 

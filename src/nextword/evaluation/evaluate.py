@@ -136,21 +136,20 @@ def summarize_item_scores(
     group_indices: dict[str, list[int]] = {name: [] for name in sorted({row.group for row in rows})}
     for i, row in enumerate(rows):
         group_indices[row.group].append(i)
-    groups = group_indices if len(group_indices) > 1 else {}
+    groups = {name: item_scores.select(i) for name, i in group_indices.items()} if len(group_indices) > 1 else {}
     return {
         "metric": metric,
-        **_score_against_chance(metric, item_scores),
+        **against_chance(item_scores.aggregate(metric), item_scores.chance),
         "ties": item_scores.ties,
         "others": {name: to_dict(item_scores.aggregate(name)) for name in item_scores.secondary_metrics(benchmark)},
         "groups": _mark_sides_of_chance(
-            {name: _score_against_chance(metric, item_scores.select(indices)) for name, indices in groups.items()}
+            {name: against_chance(group.aggregate(metric), group.chance) for name, group in groups.items()}
         ),
     }
 
 
-def _score_against_chance(metric: str, item_scores: ItemScores) -> dict[str, Any]:
+def against_chance(score: ScoreWithCI, chance: float | None) -> dict[str, Any]:
     """A score, and whether its whole confidence interval is above or below chance."""
-    score, chance = item_scores.aggregate(metric), item_scores.chance
     p_value = None if chance is None or score.low is None else interval_p_value(score, chance)
     return {
         **to_dict(score),

@@ -64,13 +64,7 @@ class StudyRun:
 
 
 def run_study(
-    finetune: FinetuneFunction,
-    out: Path,
-    request: dict[str, Any],
-    command: str,
-    *,
-    resume: bool,
-    console: Console,
+    finetune: FinetuneFunction, out: Path, request: dict[str, Any], command: str, *, resume: bool, console: Console
 ) -> dict[str, Any]:
     """Fine-tune and train from scratch for each number of examples and seed, and compare.
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError, import_optional
-from nextword.common.statistics import ScoreWithCI, interval_p_value, mean, proportion
-from nextword.evaluation.evaluate import to_dict
+from nextword.common.statistics import ScoreWithCI, mean, proportion
+from nextword.evaluation.evaluate import against_chance, to_dict
 from nextword.inference.engine import Engine
 from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence
 from nextword.inference.sampling import Sampling
@@ -182,14 +182,9 @@ def _summarize_task(
     metric = next(iter([*(name for name in ("acc_norm", "acc", "exact_match") if name in means), *means, *scores]))
     is_choice = output_type == "multiple_choice" and metric.startswith("acc")
     chance = float(np.mean([1 / len(sample["resps"]) for sample in samples])) if is_choice else None
-    main_score = scores.pop(metric)
     return {
         "metric": metric,
-        **to_dict(main_score),
-        "chance": chance,
-        "p_value": None if chance is None or main_score.low is None else interval_p_value(main_score, chance),
-        "above_chance": None if chance is None else main_score.is_above(chance),
-        "below_chance": None if chance is None else main_score.is_below(chance),
+        **against_chance(scores.pop(metric), chance),
         "scrambled": None,
         "groups": {},
         "others": {name: to_dict(score) for name, score in scores.items()},

@@ -453,10 +453,7 @@ class TaskEvaluator:
     def __post_init__(self) -> None:
         self.spec, self.model = self.data.task_spec, self.setup.state.model
         data = self.data
-        self.sets = {
-            "validation": (data.validation, data.encoded_validation),
-            "test": (data.test, data.encoded_test),
-        }
+        self.sets = {"validation": (data.validation, data.encoded_validation), "test": (data.test, data.encoded_test)}
         self.validation = data.validation
         self.num_held_out = len(data.validation) + len(data.test)
         self.predictor = Predictor(self.model, self.data.tokenizer, self.spec)

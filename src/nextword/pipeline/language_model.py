@@ -150,15 +150,14 @@ class LanguageModel:
             UsageError: The run has no classifier, or the task no windows.
             CorruptFileError: The classifier is damaged.
         """
-        if not ensemble:
-            return Predictor(self.gpt, self.tokenizer, self.predictor.task_spec, windows=windows)
-        predictor, linear_dir = self.predictor, RunDir(self.directory.parent).linear_dir
-        if not linear_dir.is_dir():
+        task_spec, linear_dir = self.predictor.task_spec, RunDir(self.directory.parent).linear_dir
+        if ensemble and not linear_dir.is_dir():
             raise UsageError(
                 f"{self.path}: no linear classifier for an ensemble. nextword finetune writes one into the run directory of a "
                 "classification of texts with one label each"
             )
-        return Predictor(self.gpt, self.tokenizer, predictor.task_spec, LinearClassifier.load(linear_dir), windows)
+        classifier = LinearClassifier.load(linear_dir) if ensemble else None
+        return Predictor(self.gpt, self.tokenizer, task_spec, classifier, windows)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any

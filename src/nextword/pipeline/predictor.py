@@ -119,10 +119,7 @@ class Predictor:
                 progress(start, len(order))
 
     def logits(
-        self,
-        examples: Sequence[Example],
-        encoded: Sequence[EncodedExample],
-        progress: ProgressCallback | None = None,
+        self, examples: Sequence[Example], encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None
     ) -> list[np.ndarray]:
         """The outputs of the head, or of the ensemble, for each example [n_labels]; for multiple choice, of its choices [C]."""
         logits = self._map_batches(self._head_outputs, encoded, progress)

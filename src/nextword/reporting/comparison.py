@@ -16,17 +16,8 @@ from nextword.reporting.charts import SERIES_COLORS, Chart, comparison_chart, mo
 from nextword.reporting.run_data import THIS_MODEL, RunData, TaskResults, as_mapping
 
 SETTINGS = (
-    "preset",
-    "size",
-    "parameters",
-    "task",
-    "model",
-    "training",
-    "tuning",
-    "data",
-    "fixed",
-    "machine",
-    "versions",
+    *("preset", "size", "parameters", "task", "model"),
+    *("training", "tuning", "data", "fixed", "machine", "versions"),
 )
 X_AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
 

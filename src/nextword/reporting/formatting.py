@@ -132,20 +132,28 @@ def versus_chance(benchmark: BenchmarkResult) -> str:
     return {"above": "above chance", "below": "below chance"}.get(side, "not above chance")
 
 
-def benchmark_intervals(benchmarks: Sequence[BenchmarkResult]) -> str:
-    """How the intervals of benchmark scores were computed, and why a score has none."""
+def describe_intervals(units: str, scores: Iterable[tuple[str, str, ScoreWithCI]]) -> str:
+    """How the intervals of scores were computed, and why a score has none; "" without scores.
+
+    Args:
+        units: What the scores are means over, such as "examples".
+        scores: Display name, metric and score.
+    """
     by_method: dict[str, list[str]] = {}
     missing: list[str] = []
-    for benchmark in benchmarks:
-        if benchmark.low is None:
-            missing.append(
-                f"{benchmark.name} has no interval: {missing_interval_reason(benchmark.metric, benchmark.n)}"
-            )
+    for name, metric, score in scores:
+        if score.low is None:
+            missing.append(f"{name} has no interval: {missing_interval_reason(metric, score.n)}")
         else:
-            by_method.setdefault(interval_method(benchmark.metric), []).append(benchmark.name)
-    methods = [f"{', '.join(names)} {method}" for method, names in by_method.items()]
-    parts = [f"95 % confidence intervals over the items, for items like them: {'; '.join(methods)}"] * bool(methods)
-    return ". ".join([*parts, *missing]) + "."
+            by_method.setdefault(interval_method(metric), []).append(name)
+    methods = "; ".join(f"{', '.join(names)} {method}" for method, names in by_method.items())
+    known = [f"95 % confidence intervals over the {units}, for {units} like them: {methods}"] if methods else []
+    return "".join(f"{sentence}. " for sentence in [*known, *missing]).rstrip()
+
+
+def benchmark_intervals(benchmarks: Sequence[BenchmarkResult]) -> str:
+    """How the intervals of benchmark scores were computed, and why a score has none."""
+    return describe_intervals("items", ((entry.name, entry.metric, entry.score) for entry in benchmarks))
 
 
 def item_count(benchmark: BenchmarkResult) -> str:

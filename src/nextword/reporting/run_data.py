@@ -14,7 +14,8 @@ from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.results import is_number, short_path_name
 from nextword.common.run_dir import RunDir
 from nextword.common.statistics import ScoreWithCI
-from nextword.tasks.metrics import LABEL_F1, LOWER_IS_BETTER_METRICS, interval_method, missing_interval_reason
+from nextword.reporting.formatting import describe_intervals
+from nextword.tasks.metrics import LABEL_F1, LOWER_IS_BETTER_METRICS
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")
 LOSS_UNITS = {
@@ -320,21 +321,12 @@ class TaskResults:
     @property
     def interval_note(self) -> str:
         """How the intervals of this model's scores were computed, and why a score has none."""
-        by_method: dict[str, list[str]] = {}
-        missing: list[str] = []
-        for metric, score in self.by_system.get(THIS_MODEL, {}).items():
-            info = metric_info(metric)
-            if info is None or metric in LOWER_IS_BETTER_METRICS or score.n is None:
-                continue
-            if score.low is None:
-                missing.append(f"{info.name} has no interval: {missing_interval_reason(metric, score.n)}")
-            else:
-                by_method.setdefault(interval_method(metric), []).append(info.name)
-        methods = [f"{', '.join(names)} {method}" for method, names in by_method.items()]
-        parts = [f"95 % confidence intervals over the examples, for examples like them: {'; '.join(methods)}"] * bool(
-            methods
-        )
-        return ". ".join([*parts, *missing]) + "." * bool(parts or missing)
+        scores = [
+            (info.name, metric, score)
+            for metric, score in self.by_system.get(THIS_MODEL, {}).items()
+            if (info := metric_info(metric)) and metric not in LOWER_IS_BETTER_METRICS and score.n is not None
+        ]
+        return describe_intervals("examples", scores)
 
     @property
     def base_score(self) -> ScoreWithCI | None:
