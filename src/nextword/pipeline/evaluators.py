@@ -101,9 +101,18 @@ class LanguageModelEvaluator:
         self.validation, self.test = self.corpus.tokens("validation"), self.corpus.tokens("test")
         self.final_tokens = (2 if self.evaluates_base else 1) * len(self.validation) + len(self.test)
         self.batch_tokens = self.dataset.batch_size * self.dataset.context_length
-        num_prompt_tokens = 24 if self.corpus.tokenizer.kind == "char" else 8
-        first_ids: list[int] = self.validation.read(0, min(num_prompt_tokens, len(self.validation))).tolist()
-        self.prompt_ids = self.corpus.tokenizer.whole_characters(first_ids) or first_ids
+        self.prompt_ids = self._sample_prompt()
+
+    def _sample_prompt(self) -> list[int]:
+        """The first words of the validation set, in whole characters. The first word of a document that is cut may be a part."""
+        tokenizer = self.corpus.tokenizer
+        length = 24 if tokenizer.kind == "char" else 8
+        first_ids: list[int] = self.validation.read(0, min(4 * length, len(self.validation))).tolist()
+        begins_inside = self.corpus.manifest.get("held_out", {}).get("cut", ())
+        spaces = [i for i, id in enumerate(first_ids[: 3 * length]) if tokenizer.token_bytes(id)[:1].isspace()]
+        start = spaces[0] if begins_inside and spaces else 0
+        prompt_ids = first_ids[start : start + length]
+        return tokenizer.whole_characters(prompt_ids) or prompt_ids
 
     def describe_batch(self, index: int) -> list[str]:
         """Name the documents in a batch."""
