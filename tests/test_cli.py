@@ -64,7 +64,7 @@ def test_pretrain_from_text_to_json(nextword_process: CLIRunner, texts, tmp_path
 def test_quiet_is_quiet_and_the_suggested_prompt_begins_with_a_word(nextword: CLIRunner, tmp_path):
     words = [f"{a}{b}{a}{b}" for a in ("बिल्", "शिक्", "पुरान") for b in ("लीघर", "षकने", "ापेड़")]
     text = tmp_path / "text.txt"  # a single document, whose end is held out
-    text.write_text("".join(f"{words[i * i % 9]} {words[i % 9]} " for i in range(900)), encoding="utf-8")
+    text.write_text("".join(f"{words[i * i % 9]} {words[i % 9]} " for i in range(901)), encoding="utf-8")
     done = nextword("pretrain", text, "--out", tmp_path / "run", "--steps", "5", "--quiet", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
