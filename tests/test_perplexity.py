@@ -160,7 +160,7 @@ def test_a_trained_model_uses_its_context() -> None:
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": 32}
     model = GPT(build_config("modern", vocab_size=128, **sizes))  # pyright: ignore[reportArgumentType]
     optimizer, random = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(120):
         starts = random.integers(0, len(train) - 33, 16)
         window = torch.tensor(np.stack([train[start : start + 33] for start in starts]).astype(np.int64))
         loss = F.cross_entropy(model.unembed(model(window[:, :-1])).flatten(0, 1), window[:, 1:].flatten())

@@ -194,9 +194,9 @@ def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) 
     killed = inside = lost = 0
     for n in range(kills):
         process = start(run, shards, "--steps", str(steps))
-        goal = steps_of(run) + rng.randrange(8, max(9, steps // kills))
+        goal = steps_of(run) + rng.randrange(8, max(9, steps // (kills + 1)))
         arrived = happens(lambda goal=goal: steps_of(run) >= goal, process)
-        if arrived and n % 2:
+        if arrived and n % 2 == 0:
             arrived = happens(lambda: any((run / "checkpoints").glob(".*.partial")), process)
             inside += arrived
         if arrived:
@@ -213,7 +213,7 @@ def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
-    kills, steps = int(os.environ.get("NEXTWORD_KILLS", "2")), int(os.environ.get("NEXTWORD_KILL_STEPS", "60"))
+    kills, steps = int(os.environ.get("NEXTWORD_KILLS", "1")), int(os.environ.get("NEXTWORD_KILL_STEPS", "60"))
     whole = tmp_path / "whole"
     settings = {"batch_tokens": SETTINGS["training"]["batch_tokens"], "save_every": SAVED}
     package.pretrain(shards, whole, steps=steps, model=SETTINGS["model"], training=settings)
@@ -223,7 +223,7 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
     print(
         f"\n{killed} kills, {inside} of them while a checkpoint was written; at most {lost} steps lost, saved every {SAVED}"
     )
-    assert killed >= kills - 1
+    assert killed >= max(1, kills - 1)
     assert inside >= 1
     assert lost <= 2 * SAVED, "the steps since the checkpoint being written, and during it"
     assert state_hashes(tmp_path / "killed") == state_hashes(whole)
