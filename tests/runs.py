@@ -4,14 +4,28 @@ import contextlib
 import hashlib
 import json
 import random
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nextword.common.console import Console, TrainingProgress
 from nextword.training.checkpoint import list_checkpoints
 from processes import PATIENCE, start_process
+
+
+class InterruptingConsole(Console):
+    """Sends a signal to its process at a step of the training."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__(quiet=True)
+        self.step, self.number = step, number
+
+    def training_progress(self, progress: TrainingProgress) -> None:
+        if progress.step == self.step:
+            signal.raise_signal(self.number)
 
 
 def free_port() -> int:

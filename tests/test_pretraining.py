@@ -20,7 +20,6 @@ import nextword.planning.planner  # imported before its loss is replaced
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
 from nextword.commands.command import Context
 from nextword.commands.pretrain import PretrainConfig, format_run
-from nextword.common.console import Console, TrainingProgress
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 from nextword.common.fs import read_jsonl
 from nextword.common.run_dir import RunInterruptedError, run_lock
@@ -34,7 +33,7 @@ from nextword.training.losses import causal_lm_loss
 from nextword.training.step_budget import TimeBudgetController
 from nextword.training.trainer import FINALIZE_SECONDS
 from processes import PATIENCE, happens, start_process
-from runs import state_hashes, steps_of
+from runs import InterruptingConsole, state_hashes, steps_of
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1},
@@ -242,16 +241,11 @@ def test_a_signal_saves_a_checkpoint_and_explains_how_to_continue(shards, tmp_pa
     assert "Traceback" not in err
     assert out == ""
 
-    class Interrupting(Console):
-        def training_progress(self, progress: TrainingProgress) -> None:
-            if progress.step == steps_before + 3:
-                signal.raise_signal(signal.SIGINT)
-
-    steps_before = steps_of(run)
+    step = steps_of(run) + 3
     with pytest.raises(RunInterruptedError, match="--resume") as error:
-        package.pretrain(out=run, resume=True, console=Interrupting(quiet=True))
+        package.pretrain(out=run, resume=True, console=InterruptingConsole(step, signal.SIGINT))
     assert error.value.exit_code == 130
-    assert steps_of(run) == steps_before + 3
+    assert steps_of(run) == step
     last = checkpoint.list_checkpoints(run)[-1]
     assert int(last.name.removeprefix("step-")) == steps_of(run)
     assert not (run / "holder.json").exists()

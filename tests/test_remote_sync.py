@@ -16,9 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 import nextword as package
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.run_dir import RunInterruptedError
 from nextword.training import remote_sync
 from processes import PATIENCE, start_process, wait_until
-from test_pretraining import SETTINGS, state_hashes, steps_of
+from runs import InterruptingConsole, state_hashes, steps_of
+from test_pretraining import SETTINGS
 
 STEPS = 60
 OPTIONS = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 10}, "steps": STEPS, "vocab_size": 400}
@@ -51,9 +53,19 @@ def commits(remote: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this system has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_continues_from_remote_storage(texts, local_run, tmp_path, number):
-    """A process is stopped or killed, and its run directory removed, the prepared corpus included."""
+def test_a_stopped_run_continues_from_remote_storage(texts, local_run, tmp_path, monkeypatch):
+    """Its run directory is removed, the prepared corpus included. The state when it was stopped is in the storage."""
+    run, remote = tmp_path / "run", tmp_path / "remote"
+    with pytest.raises(RunInterruptedError):
+        pretrain(texts, run, remote, console=InterruptingConsole(27, signal.SIGTERM))
+    assert commits(remote)[-1]["checkpoint"] == "step-00000027"
+    shutil.rmtree(run)
+    assert pretrain(texts, run, remote, resume=True).steps == STEPS
+    assert state_hashes(run) == state_hashes(local_run)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
+def test_a_killed_run_continues_from_remote_storage(texts, local_run, tmp_path):
     run, remote = tmp_path / "run", tmp_path / "remote"
     code = "import sys, json; from nextword import pretrain; from nextword.training import remote_sync\n"
     code += "remote_sync.UPLOAD_INTERVAL_SECONDS = remote_sync.MIN_INTERVAL_RATIO = 0\n"
@@ -61,11 +73,9 @@ def test_a_run_continues_from_remote_storage(texts, local_run, tmp_path, number)
     arguments = [str(texts), str(run), str(remote), json.dumps(OPTIONS)]
     process = start_process([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
     wait_until(lambda: (remote / "commits").is_dir() and steps_of(run) >= 25, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and steps_of(run) < STEPS
-    if number == signal.SIGTERM:
-        assert commits(remote)[-1]["checkpoint"] == f"step-{steps_of(run):08d}", "the state when it was stopped"
     shutil.rmtree(run)
     assert pretrain(texts, run, remote, resume=True).steps == STEPS
     assert state_hashes(run) == state_hashes(local_run)

@@ -24,7 +24,7 @@ PROMISED = [
     checks.response_headers_conformance,
     checks.response_schema_conformance,
 ]
-CASES = int(os.environ.get("NEXTWORD_CASES", "100"))
+CASES = int(os.environ.get("NEXTWORD_CASES", "80"))
 
 
 @pytest.fixture(scope="module")
