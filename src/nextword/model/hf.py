@@ -159,15 +159,10 @@ def save_model(
         pad_token_id: The pad token; a classification model needs one, to find the last token of a text.
         eos_token_ids: The tokens that end a generated text. Default: `end_of_text_id`.
         labels: The names of the classification head's outputs, in order.
-        problem_type: See `hf_config.PROBLEM_TYPES`.
+        problem_type: See `hf_config.to_hf_label_config`.
         gather: Returns the full tensor of a weight; called for one after the other.
-
-    Raises:
-        ValueError: The labels do not match the head, or a classification model has no pad token.
     """
     config = model.config
-    if config.n_labels and pad_token_id is None:
-        raise ValueError("a model with a classification head needs pad_token_id")
     content = hf_config.to_hf_config(config, end_of_text_id, pad_token_id)
     content |= hf_config.to_hf_label_config(config, labels, problem_type)
     atomic_write(directory / "config.json", to_json(content))

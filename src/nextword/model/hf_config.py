@@ -10,7 +10,6 @@ from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import is_json_object, read_json_object
 from nextword.model.config import FAMILY_DEFAULTS, HF_CLASSES, MAX_LABELS, ConfigError, Family, ModelConfig
 
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Limits of a config.json from elsewhere; what is larger is damaged or hostile.
 MAX_JSON_BYTES = 2**22
 
@@ -75,22 +74,10 @@ def to_hf_label_config(config: ModelConfig, labels: Sequence[str] | None, proble
 
     Args:
         config: The model.
-        labels: The name of each output. Default: LABEL_0, LABEL_1 …, as in the transformers classes.
-        problem_type: One of `PROBLEM_TYPES`, or None.
-
-    Raises:
-        ValueError: The number of labels differs from the number of outputs, a label occurs twice, or `problem_type` is
-            unknown or impossible.
+        labels: The different names of the outputs. Default: LABEL_0, LABEL_1 …, as in the transformers classes.
+        problem_type: regression, single_label_classification (of at least two labels), multi_label_classification, or None.
     """
     names = [f"LABEL_{i}" for i in range(config.n_labels)] if labels is None else list(labels)
-    if len(names) != config.n_labels:
-        raise ValueError(f"{len(names)} labels for a head of {config.n_labels} outputs")
-    if len(set(names)) != len(names):
-        raise ValueError(f"the labels are not all different: {', '.join(names)}")
-    if problem_type not in (None, *PROBLEM_TYPES):
-        raise ValueError(f"problem_type {problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
-    if problem_type == "single_label_classification" and len(names) == 1:
-        raise ValueError("single_label_classification needs at least two labels: the transformers classes refuse one")
     if not names:
         return {}
     return {

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextword.common.fs import atomic_write, to_json
-from nextword.model.config import ConfigError
 from nextword.model.gpt import GPT, named_modules
 from nextword.model.hf import LAYOUTS, hf_name_map
 from nextword.model.hf_config import is_gpt
@@ -29,19 +28,10 @@ class LoraConfig:
     Attributes:
         rank: r, the rank of the matrices.
         alpha: α; their product is scaled by α / r.
-
-    Raises:
-        ConfigError: The rank is below 1, or alpha is not above 0.
     """
 
     rank: int = 8
     alpha: float = 16
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.rank % 1:
-            raise ConfigError(f"the LoRA rank must be an integer of at least 1, not {self.rank!r}")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"the LoRA alpha must be above 0, not {self.alpha}")
 
 
 # ---------------------------------------------------------------- layers
@@ -113,22 +103,14 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, num_trainable_rows: int 
     names in `state_dict`, so that a resumed run can load its state.
 
     Args:
-        model: The model.
+        model: The model, without an adapter.
         config: Shape of the adapter.
         seed: Seed of the adapter's weights.
         num_trainable_rows: Trainable rows of the token embedding and of an untied head.
 
     Returns:
         The model.
-
-    Raises:
-        ConfigError: The model already has an adapter.
-        ValueError: `num_trainable_rows` exceeds the vocabulary.
     """
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise ConfigError("the model already has an adapter: merge it first (merge_lora)")
-    if not 0 <= num_trainable_rows <= model.config.vocab_size:
-        raise ValueError(f"{num_trainable_rows} trainable rows in a vocabulary of {model.config.vocab_size}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, module in named_modules(model).items():
@@ -175,9 +157,6 @@ def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_nam
         config: Shape of the adapter.
         directory: An existing directory.
         base_model_name: Directory or name of the base model.
-
-    Raises:
-        ValueError: The model has no adapter.
     """
     modules, prefix = named_modules(model), LAYOUTS[model.config.family].prefix
     tensors: dict[str, Tensor] = {}
@@ -194,15 +173,12 @@ def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_nam
             tensors[f"{path}.token_adapter.trainable_tokens_delta"] = embedding.rows
             vocab_size = len(embedding.base)
             token_indices[path.removeprefix(prefix)] = list(range(vocab_size - len(embedding.rows), vocab_size))
-    if not layers_per_target:
-        raise ValueError("the model has no adapter to save (see add_lora)")
     if model.score is not None:
         tensors["score.weight"] = model.score.weight
     state_dict = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     save_file(state_dict, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    merged = {
-        target: n for target, n in layers_per_target.items() if n > 1
-    }  # have rank n·r and alpha n·α: the same scale
+    # Those of several layers have rank n·r and alpha n·α: the same scale.
+    merged = {target: n for target, n in layers_per_target.items() if n > 1}
     adapter_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.score is not None else "CAUSAL_LM",
