@@ -97,10 +97,7 @@ def test_an_interrupted_swap_is_recovered(tmp_path):
     """Killed between the two renames, the old directory is restored. Killed after both, it is removed."""
     target = tmp_path / "model"
     for content in ("first", "second"):
-        staging_dir = tmp_path / "staging_dir"
-        staging_dir.mkdir()
-        (staging_dir / "x").write_text(content)
-        fs.atomic_replace_dir(staging_dir, target)
+        fs.build_directory(target, lambda directory, content=content: (directory / "x").write_text(content))
     assert (target / "x").read_text() == "second"
     target.rename(tmp_path / ".model.old")
     fs.recover_interrupted_swap(target)

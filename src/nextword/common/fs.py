@@ -473,23 +473,8 @@ def verify_tree(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- directories
 
 
-def atomic_replace_dir(staging_dir: Path, target: Path) -> None:
-    """Move a finished directory to `target`, which may exist. A crash leaves the old one or the new one intact.
-
-    After a crash, `recover_interrupted_swap` completes the move.
-    """
-    old = target.with_name(f".{target.name}.old")
-    with map_disk_errors(target):
-        recover_interrupted_swap(target)
-        if target.exists():
-            target.rename(old)
-        staging_dir.rename(target)
-        fsync_path(target.parent)
-        recover_interrupted_swap(target)
-
-
 def recover_interrupted_swap(target: Path) -> None:
-    """After a crash in `atomic_replace_dir`: restore the old directory, or remove it."""
+    """After a crash in `build_directory`: restore the old directory, or remove it."""
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)
@@ -511,7 +496,8 @@ def output_lock(target: Path) -> Generator[None]:
 def build_directory(target: Path, build: Callable[[Path], None]) -> None:
     """Make a directory in one step: `build` fills and seals an empty one, which then replaces `target`.
 
-    The temporary directory `.NAME.partial` beside the target is removed in any case.
+    A crash leaves the old directory or the new one intact, which `recover_interrupted_swap` finds. The temporary directory
+    `.NAME.partial` beside the target is removed in any case.
     """
     staging_dir = target.with_name(f".{target.name}.partial")
     try:
@@ -519,6 +505,11 @@ def build_directory(target: Path, build: Callable[[Path], None]) -> None:
         with map_disk_errors(target):
             staging_dir.mkdir()
             build(staging_dir)
-        atomic_replace_dir(staging_dir, target)
+            recover_interrupted_swap(target)
+            if target.exists():
+                target.rename(target.with_name(f".{target.name}.old"))
+            staging_dir.rename(target)
+            fsync_path(target.parent)
+            recover_interrupted_swap(target)
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)

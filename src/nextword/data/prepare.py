@@ -334,7 +334,6 @@ class PreparationJob:
 
     def _build(self, name: str, build: Build, wait: bool = False) -> bool:
         """Build an artifact unless it exists. Returns False if another process works on it and `wait` is False."""
-        staging_dir = self.work_dir / f".{name}.partial"
         try:
             lock = FileLock(self.work_dir / f".{name}.lock").acquire(-1 if wait else 0, poll_interval=LOCK_POLL_SECONDS)
         except Timeout:
@@ -343,11 +342,11 @@ class PreparationJob:
             self.raise_if_aborted()
             if not self._is_complete(name):
                 self._log_step(f"{name} of {self.num_shards:,}")
-                shutil.rmtree(staging_dir, ignore_errors=True)  # a killed process may have left it
-                with fs.map_disk_errors(staging_dir):
-                    staging_dir.mkdir()
-                fs.write_manifest(staging_dir, {"kind": "part", **build(staging_dir)})
-                fs.atomic_replace_dir(staging_dir, self.work_dir / name)
+
+                def build_sealed(directory: Path) -> None:
+                    fs.write_manifest(directory, {"kind": "part", **build(directory)})
+
+                fs.build_directory(self.work_dir / name, build_sealed)
         return True
 
     def _verify(self, name: str) -> dict[str, Any]:
