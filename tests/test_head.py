@@ -3,23 +3,9 @@
 import pytest
 import torch
 
-from nextword.model.config import PRESETS, ModelConfig, build_config
+from nextword.model.config import PRESETS
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
-
-
-def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(
-        preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
-    )
-
-
-def random_model(config: ModelConfig) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+from tiny_models import random_model, small
 
 
 def test_a_classification_head_is_one_matrix():

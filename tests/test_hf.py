@@ -15,29 +15,15 @@ from safetensors.torch import load_file, save_file
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import read_json, write_manifest
 from nextword.model import hf
-from nextword.model.config import PRESETS, ModelConfig, build_config
+from nextword.model.config import PRESETS
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model, save_model
 from nextword.model.hf_config import KEYS, parse_labels, read_hf_config
+from tiny_models import random_model, small
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(
-        preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
-    )
-
-
-def random_model(config: ModelConfig) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def read_labels(directory: Path) -> list[str] | None:

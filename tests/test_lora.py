@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextword.model.config import PRESETS, ModelConfig, build_config
+from nextword.model.config import PRESETS
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
 from nextword.model.lora import (
@@ -20,23 +20,9 @@ from nextword.model.lora import (
     merge_lora,
     save_adapter,
 )
+from tiny_models import random_model, small
 
 OLD, NEW = 61, 64  # tokens before and after a task has added its markers
-
-
-def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(
-        preset, "tiny", **{"vocab_size": OLD, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
-    )
-
-
-def random_model(config: ModelConfig) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def adapted(

@@ -23,22 +23,7 @@ from nextword.model.gpt import (
     sinusoidal_table,
 )
 from nextword.model.gpt import Attention as MultiHead
-
-
-def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(
-        preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
-    )
-
-
-def random_model(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose biases and norms are random, too."""
-    torch.manual_seed(seed)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+from tiny_models import random_model, small
 
 
 def softmax(x: Tensor) -> Tensor:
