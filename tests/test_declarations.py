@@ -125,7 +125,7 @@ def test_choices_are_named_in_the_help():
 def test_run_json_stores_the_options_that_belong_to_the_run():
     pretraining = stored_options(PretrainConfig((), "run", budget="30m", training={"lr": 0.1, "warmup": None}))
     assert set(pretraining) == {
-        *("corpora", "recipe", "preset", "size", "tokenizer", "vocab_size", "text_column", "seed"),
+        *("corpora", "recipe", "preset", "size", "tokenizer", "vocab_size", "normalize", "text_column", "seed"),
         *("validation", "test", "validation_fraction"),
         *("steps", "budget", "tokens", "flops", "members", "model", "training"),
     }

@@ -4,6 +4,7 @@ log-probabilities, penalties and constraints.
 
 import codecs
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.data.tokenizer import Tokenizer, begins_text, incomplete_character, train_bpe, train_char
 from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.engine import Engine, Event
 from nextword.inference.kv_cache import KeyValueCache
@@ -67,6 +68,9 @@ def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
             start = len(ids) - CONTEXT // 2
         logits = model.unembed(model(torch.tensor([ids[start:]]))[0, -1])[: tokenizer.vocab_size]
         token = sample(logits, sampling, ids[first:], drawn, generator)
+        if not tokenizer.continues_text(incomplete := incomplete_character(tokenizer.decode_bytes(ids)), token):
+            mask = [tokenizer.continues_text(incomplete, id) for id in range(tokenizer.vocab_size)]
+            token = sample(logits, sampling, ids[first:], drawn, generator, torch.tensor(mask))
         if token == tokenizer.eos_id:
             break
         ids.append(token)
@@ -574,12 +578,44 @@ def test_penalties_and_biases_equal_their_definition(
             logits[id] = logits[id] / repetition if logits[id] > 0 else logits[id] * repetition
         for id in set(drawn):
             logits[id] -= presence + frequency * drawn.count(id)
+        incomplete = incomplete_character(tokenizer.decode_bytes(text))
+        logits = [
+            x if tokenizer.continues_text(incomplete, id) else -math.inf
+            for id, x in enumerate(logits[: tokenizer.vocab_size])
+        ]
         second, first = sorted(logits)[-2:]
         if first - second < 1e-3:  # too close to call, between two ways to compute
             return
         drawn.append(logits.index(first))
         text.append(drawn[-1])
         assert event.token == drawn[-1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    prompt=st.sampled_from(["", "日本", "é", "a"]) | st.binary(max_size=6),
+    temperature=st.sampled_from([0.0, 0.8, 2.0]),
+    max_tokens=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_generated_bytes_are_text_whatever_the_model_prefers(
+    prompt: str | bytes, temperature: float, max_tokens: int, seed: int
+) -> None:
+    """A model with random weights, which has no idea of UTF-8. A prompt may end inside a character."""
+    tokenizer = train_bpe([TEXT] * 3, 300)
+    ids = tokenizer.encode(prompt)
+    (completion,) = Engine(tiny(tokenizer), tokenizer).generate(
+        [ids], Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    )
+    incomplete = incomplete_character(tokenizer.decode_bytes(ids))
+    data = incomplete + tokenizer.decode_bytes(completion.tokens)
+    assert completion.text == codecs.getincrementaldecoder("utf-8")().decode(data)
+    assert completion.finish_reason != "stop" or completion.text == data.decode()  # no end inside a character
+
+
+@pytest.mark.parametrize("data", [b"\xed\xa0", b"\xe0\x80", b"\xf4\x90", b"\xf8", b"\xc0", b"a\x80", b"\xed\xbf\x80"])
+def test_what_no_text_begins_with(data: bytes) -> None:
+    assert not begins_text(data) and incomplete_character(data) == b""
 
 
 class Alternating:

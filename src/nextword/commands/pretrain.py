@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
             run.request["corpora"],
             tokenizer=recipe.tokenizer,
             vocab_size=recipe.vocab_size,
-            normalize=config.normalize,
+            normalize=config.normalize or "none",
             text_column=config.text_column,
             **shared.held_out_options(run.request),
             strict=config.strict,

@@ -281,7 +281,7 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
     size: str | None = None
     tokenizer: str | None = None
     vocab_size: numbers.Size | None = None
-    normalize: Literal["none", "nfc"] = "none"
+    normalize: Literal["none", "nfc"] | None = None
     budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
     steps: numbers.Count | None = None
     tokens: numbers.TokenCount | None = option(default=None, converter=numbers.text_or_number, metavar="COUNT")

@@ -274,6 +274,17 @@ class Tokenizer:
                 broken[id] = True
         return broken
 
+    def continues_text(self, incomplete: bytes, id: int) -> bool:
+        """Whether text goes on with a token of a byte-level vocabulary, after the first bytes of a character."""
+        return begins_text(incomplete + self.token_bytes(id)) if self.is_broken[id] else not incomplete
+
+    def continuations(self, incomplete: bytes) -> np.ndarray:
+        """Which tokens `continues_text` holds for; a bool array [vocab_size]."""
+        mask = np.full(self.vocab_size, not incomplete)
+        broken = np.flatnonzero(self.is_broken).tolist()
+        mask[broken] = [self.continues_text(incomplete, id) for id in broken]
+        return mask
+
     def lost_text(self, texts: Sequence[str]) -> list[str]:
         """The characters of each text that are dropped when it is encoded, or become part of an unknown token.
 
@@ -335,9 +346,7 @@ class Tokenizer:
     def whole_characters(self, ids: Sequence[int]) -> list[int]:
         """The longest beginning of some tokens that does not end inside a character; empty if none does."""
         for length in range(len(ids), 0, -1):
-            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            decoder.decode(self.decode_bytes(ids[:length]))
-            if not decoder.getstate()[0]:
+            if not incomplete_character(self.decode_bytes(ids[:length])):
                 return list(ids[:length])
         return []
 
@@ -490,6 +499,23 @@ def _keeps_all_characters(backend: tokenizers.Tokenizer, kind: str) -> bool:
     return types <= {b"Sequence", b"Split", b"ByteLevel", b"Digits", b"NFC"} and (
         b'"Removed"' not in steps and (kind == "bpe" or splits_characters)
     )
+
+
+def begins_text(data: bytes) -> bool:
+    """Whether bytes are UTF-8, or its beginning."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return data[-2:-1] != b"\xed" or data[-1] < 0xA0  # a surrogate, which Python does not refuse before its third byte
+
+
+def incomplete_character(data: bytes) -> bytes:
+    """The bytes at the end that are the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(data)
+    incomplete = decoder.getstate()[0]
+    return incomplete if begins_text(incomplete) else b""
 
 
 def lost_text_message(lost_bytes: int, num_bytes: int) -> str:

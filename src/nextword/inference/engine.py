@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.tokenizer import Tokenizer
+from nextword.data.tokenizer import Tokenizer, incomplete_character
 from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.kv_cache import KeyValueCache, common_prefix_length
 from nextword.inference.model_runner import ModelRunner, TokenChunk, build_runner
@@ -104,6 +104,7 @@ class _Request:
     constraint: Constraint | None
     truncated: int
     read_offset: int  # number of tokens that have been turned into text
+    incomplete: bytes  # of the last character, with a byte-level vocabulary
     prefix_offset: int = 0  # the text of the next token depends on those from here to `read_offset`
     slot: int = -1
     window_start: int = 0  # index of the token at the slot's first position
@@ -123,7 +124,8 @@ class _Request:
 class Engine:
     """Generates text with a model, for many requests at once.
 
-    Each request is sampled with its own random generator, independently of other requests. With the compiled runner the
+    Each request is sampled with its own random generator, independently of other requests. With a byte-level vocabulary only
+    tokens that continue UTF-8 text are drawn (with a constraint, those that it allows). With the compiled runner the
     logits do not either. With PyTorch their last bits do, unless the runner is batch-invariant: a row of a matrix product
     differs with the number of rows. A common prefix of prompts is computed once. When a text outgrows the context, its newer
     half becomes the beginning of a new window (a sliding window).
@@ -160,6 +162,7 @@ class Engine:
         self.runner = runner or build_runner(model)
         self.tokenizer = tokenizer
         self.eos_ids = tokenizer.eos_ids if eos_ids is None else frozenset(eos_ids)
+        self.is_byte_level = tokenizer.kind == "bpe"
         self.seed = secrets.randbits(63) if seed is None else seed
         self.step_tokens = step_tokens
         self.cache = KeyValueCache(model.config)
@@ -216,7 +219,11 @@ class Engine:
             constraint=constraint,
             truncated=len(ids) - len(window_ids),
             read_offset=len(window_ids),
+            incomplete=incomplete_character(self.tokenizer.decode_bytes(window_ids[-4:]))
+            if self.is_byte_level
+            else b"",
         )
+        request.detokenizer.decoder.setstate((request.incomplete, 0))
         self.waiting.append(request)
         return request_id
 
@@ -318,7 +325,14 @@ class Engine:
         try:
             allowed_mask = None if constraint is None else constraint.allowed_mask()
             drawn_from = logits[: self.tokenizer.vocab_size]  # padding of the embedding is never sampled
-            token = sample(drawn_from, sampling, request.tokens, request.generated, request.generator, allowed_mask)
+            arguments = drawn_from, sampling, request.tokens, request.generated, request.generator
+            token = sample(*arguments, allowed_mask)
+            if allowed_mask is None and self.is_byte_level:
+                if not self.tokenizer.continues_text(request.incomplete, token):
+                    # Draw again among the tokens that continue the text: their distribution is the conditional one.
+                    token = sample(*arguments, torch.as_tensor(self.tokenizer.continuations(request.incomplete)))
+                token_bytes = self.tokenizer.token_bytes(token) if self.tokenizer.is_broken[token] else b""
+                request.incomplete = incomplete_character(request.incomplete + token_bytes)
         except NextwordError as error:
             self._release_slot(request, keep_cache=False)
             is_usage_error = isinstance(error, UsageError)

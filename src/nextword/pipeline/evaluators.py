@@ -104,7 +104,7 @@ class LanguageModelEvaluator:
         self.prompt_ids = self._sample_prompt()
 
     def _sample_prompt(self) -> list[int]:
-        """The first words of the validation set, in whole characters. The first one of a document that is cut may be a part."""
+        """The first whole words of the validation set, in whole characters: a document that is cut may begin inside a word."""
         tokenizer = self.corpus.tokenizer
         length = 24 if tokenizer.kind == "char" else 8
         first_ids: list[int] = self.validation.read(0, min(4 * length, len(self.validation))).tolist()
