@@ -132,11 +132,15 @@ def test_every_damaged_file_is_found_and_no_command_ends_with_a_traceback(
         shutil.rmtree(run)
 
 
+@pytest.fixture(scope="module")
+def flipped_run(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(whole_run, tmp_path_factory.mktemp("flipped") / "run")
+
+
 @given(data=st.data())
-def test_a_flipped_bit_of_a_record_is_found(whole_run: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
+def test_a_flipped_bit_of_a_record_is_found(whole_run: Path, flipped_run: Path, data) -> None:
     """In run.json, result.json, an evaluation, `latest` or a line of a log; or the content is the same as before."""
-    run = tmp_path_factory.mktemp("flipped") / "run"
-    shutil.copytree(whole_run, run)
+    run = flipped_run
     path = run / data.draw(st.sampled_from(SMALL_FILES[:5]))
     before, raw = RunDir(run).metadata(), path.read_bytes()
     path.write_bytes(flip(raw, data.draw(st.integers(0, 8 * len(raw) - 1))))
@@ -151,7 +155,8 @@ def test_a_flipped_bit_of_a_record_is_found(whole_run: Path, tmp_path_factory: p
         else:
             assert fs.read_sealed_json(path) == fs.read_sealed_json(whole_run / path.relative_to(run))
         assert RunDir(run).metadata() == before
-    shutil.rmtree(run.parent)
+    finally:
+        path.write_bytes(raw)
 
 
 def test_verify_reports_every_damaged_place_at_once(run: Path) -> None:
@@ -326,13 +331,18 @@ def test_a_resume_writes_no_setting_that_is_refused(run: Path, settings: dict[st
     assert math.isfinite(package.pretrain(out=run, resume=True).loss or math.nan)
 
 
+@pytest.fixture(scope="module")
+def remote_copy(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mirrored")
+    package.pretrain(shards, folder / "run", steps=8, mirror=str(folder / "remote"), **SETTINGS)
+    return folder / "remote"
+
+
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut", "emptied", "a list", "a number", "another object", "binary", "nested"]
 )
-def test_a_damaged_remote_copy_is_reported(shards: Path, tmp_path: Path, damage: str) -> None:
-    run, remote = tmp_path / "run", tmp_path / "remote"
-    package.pretrain(shards, run, steps=8, mirror=str(remote), **SETTINGS)
-    shutil.rmtree(run)
+def test_a_damaged_remote_copy_is_reported(remote_copy: Path, tmp_path: Path, damage: str) -> None:
+    run, remote = tmp_path / "run", shutil.copytree(remote_copy, tmp_path / "remote")
     files = [path for path in remote.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl")]
     for path in files:
         content = path.read_bytes()
