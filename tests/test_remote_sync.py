@@ -41,6 +41,24 @@ def local_run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def mirrored(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with its copy, in run and remote."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("UPLOAD_INTERVAL_SECONDS", "MIN_INTERVAL_RATIO"):
+            patch.setattr(remote_sync, name, 0.0)
+        pretrain(texts, folder / "run", folder / "remote")
+    return folder
+
+
+@pytest.fixture
+def remote(mirrored: Path, tmp_path: Path) -> Path:
+    """The copy of a complete run, which lies beside it."""
+    shutil.copytree(mirrored, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "remote"
+
+
 def pretrain(texts: Path, run: Path, url: Path | str, **options: Any) -> Any:
     return package.pretrain(texts, run, mirror=str(url), **{**OPTIONS, **options})
 
@@ -81,9 +99,8 @@ def test_a_killed_run_continues_from_remote_storage(texts, local_run, tmp_path):
     assert state_hashes(run) == state_hashes(local_run)
 
 
-def test_a_complete_run_is_restored(texts, local_run, tmp_path):
-    run, restored, remote = tmp_path / "run", tmp_path / "restored", tmp_path / "remote"
-    pretrain(texts, run, remote)
+def test_a_complete_run_is_restored(texts, local_run, tmp_path, remote):
+    run, restored = tmp_path / "run", tmp_path / "restored"
     assert pretrain(texts, restored, remote, resume=True).steps == STEPS
     assert state_hashes(restored) == state_hashes(local_run)
     assert (restored / "report.html").read_bytes() == (run / "report.html").read_bytes()
@@ -91,10 +108,7 @@ def test_a_complete_run_is_restored(texts, local_run, tmp_path):
     assert not list(tmp_path.glob(".*.partial")) and not (run / ".mirror").exists()
 
 
-def test_files_that_no_commit_names_are_removed(texts, tmp_path):
-    remote = tmp_path / "remote"
-    pretrain(texts, tmp_path / "run", remote)
-
+def test_files_that_no_commit_names_are_removed(remote):
     def filled(name: str) -> set[str]:
         return {path.name for path in (remote / name).iterdir() if any(path.iterdir())}
 
@@ -107,9 +121,8 @@ def test_files_that_no_commit_names_are_removed(texts, tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_other_runs_and_bad_urls_are_refused(texts, tmp_path):
-    new, other, remote = tmp_path / "new", tmp_path / "other", tmp_path / "remote"
-    pretrain(texts, tmp_path / "run", remote)
+def test_other_runs_and_bad_urls_are_refused(texts, tmp_path, remote):
+    new, other = tmp_path / "new", tmp_path / "other"
     with pytest.raises(UsageError, match="already holds a run"):
         pretrain(texts, new, remote)
     package.pretrain(texts, other, **{**OPTIONS, "steps": 10})
@@ -122,9 +135,8 @@ def test_other_runs_and_bad_urls_are_refused(texts, tmp_path):
     assert not new.exists()
 
 
-def test_a_later_remote_state_is_not_overwritten(texts, tmp_path):
-    run, remote = tmp_path / "run", tmp_path / "remote"
-    pretrain(texts, run, remote)
+def test_a_later_remote_state_is_not_overwritten(texts, tmp_path, remote):
+    run = tmp_path / "run"
     (run / "result.json").unlink()
     for path in (run / "checkpoints").glob("step-*"):
         path.rename(path.with_name("step-00000001"))
@@ -134,9 +146,8 @@ def test_a_later_remote_state_is_not_overwritten(texts, tmp_path):
         pretrain(texts, run, remote, resume=True)
 
 
-def test_the_commit_before_a_corrupt_one_is_restored(texts, local_run, tmp_path, capfd):
-    remote, run = tmp_path / "remote", tmp_path / "restored"
-    pretrain(texts, tmp_path / "run", remote)
+def test_the_commit_before_a_corrupt_one_is_restored(texts, local_run, tmp_path, remote, capfd):
+    run = tmp_path / "restored"
     before, last = commits(remote)
     weights = remote / "checkpoints" / last["checkpoint"] / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
