@@ -29,23 +29,14 @@ RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, oft
 def library_versions() -> dict[str, str]:
     """Versions that run.json records."""
     packages = {name: version(name) for name in ("nextword", "numpy", "tokenizers")}
-    return {
-        **packages,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }  # with its build, as 2.13.0+cpu
+    # That of PyTorch with its build, as 2.13.0+cpu.
+    return {**packages, "python": platform.python_version(), "torch": torch.__version__}
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
     """The hardware that run.json records. Contains no host or user name."""
-    info: dict[str, Any] = {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        info["gpu"] = torch.cuda.get_device_name(device)
-    return info
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads(), **gpu}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -12,10 +12,7 @@ from nextword.common.errors import UsageError
 from nextword.data.issues import replace_surrogates
 
 WRITABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-UNSUPPORTED_SUFFIXES = (
-    *(".parquet", ".xlsx", ".xls", ".ods", ".feather", ".arrow"),
-    *(".gz", ".zst", ".bz2", ".zip"),
-)
+UNSUPPORTED_SUFFIXES = (".parquet", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zst", ".bz2", ".zip")
 
 
 def check_table_suffix(path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,6 +69,7 @@ class ThroughputBenchmark:
 
     Attributes:
         matmul_flops: floating-point operations per second in matrix products.
+        measure: measures a model with batches of a number of tokens, once.
     """
 
     def __init__(
@@ -77,14 +79,7 @@ class ThroughputBenchmark:
         self.num_processes = num_processes
         self.matmul_flops = measure_matmul_flops(device)
         self.baseline_memory = peak_memory_bytes(device)  # of the imports
-        self.measured: dict[tuple[ModelConfig, int], BenchmarkResult] = {}
-
-    def measure(self, config: ModelConfig, batch_tokens: int) -> BenchmarkResult:
-        """Measure a model with batches of `batch_tokens` tokens, once."""
-        key = (config, batch_tokens)
-        if key not in self.measured:
-            self.measured[key] = self._measure(config, batch_tokens)
-        return self.measured[key]
+        self.measure = cache(self._measure)
 
     def _measure(self, config: ModelConfig, batch_tokens: int) -> BenchmarkResult:
         if self.num_processes > 1 and 16 * config.parameters > 0.5 * available_memory(self.device):
