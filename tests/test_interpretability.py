@@ -18,6 +18,7 @@ import nextword
 from nextword import load
 from nextword.commands.cli import run as run_command
 from nextword.common.errors import UsageError
+from nextword.common.format import show_whitespace
 from nextword.common.fs import write_manifest
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.activations import capture, logit_lens, max_explained_tokens, override_embeddings
@@ -29,7 +30,6 @@ from nextword.model.hf import save_model
 from nextword.pipeline.language_model import LanguageModel
 from nextword.reporting.explain_page import (
     content_security_policy,
-    show_whitespace,
     text_direction,
     write_explanation_page,
 )

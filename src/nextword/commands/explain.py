@@ -8,6 +8,7 @@ from nextword.commands.command import Context, command
 from nextword.commands.shared import check_is_text, check_output_file, optional, read_texts
 from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
+from nextword.common.format import show_whitespace
 from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
 
 
@@ -80,7 +81,7 @@ class ExplainResult(Result):
         attributions = self.leaning
         pairs = sorted(zip(attributions["parts"], self.tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
         tokens = ", ".join(f"{quote(token)} {part:+.2f}" for part, token in pairs).replace("-", "−")
-        lines.append(f"attributions for {visible(attributions['target'])}: {tokens} {attributions['unit']}")
+        lines.append(f"attributions for {show_whitespace(attributions['target'])}: {tokens} {attributions['unit']}")
         lines.append(
             f"  sum {attributions['difference']:+.2f}, within {100 * attributions['relative_error']:.2g} % of the exact "
             f"difference after {attributions['steps']} steps"
@@ -101,13 +102,7 @@ def format_prediction(prediction: dict[str, Any]) -> str:
 
 def quote(token: dict[str, Any]) -> str:
     """The text of a token in quotation marks."""
-    return f"“{visible(token['text'])}”"
-
-
-def visible(text: str) -> str:
-    """A token on one line of the terminal, with control characters replaced by symbols."""
-    symbols = text.replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "\ufffd" for c in symbols.strip(" ") or "␣" * len(symbols))
+    return f"“{show_whitespace(token['text'])}”"
 
 
 @command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'")

@@ -1,6 +1,12 @@
-"""Numbers as people read them: `2.1 GB`, `16 min`, `1.23 M`."""
+"""Numbers and tokens as people read them: `2.1 GB`, `16 min`, `1.23 M`, `↵`."""
 
+import re
 import shlex
+import unicodedata
+
+DOTTED_CIRCLE = "\u25cc"
+# Control characters, and those of the direction of text. Joiners are part of words.
+INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 def quote_command(*arguments: object) -> str:
@@ -50,3 +56,13 @@ def format_count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:,.0f}"
+
+
+def show_whitespace(text: str) -> str:
+    """A token inside a sentence: line breaks and tabs as arrows, a token of spaces as ␣, control characters as U+FFFD, and a
+    combining mark without a letter on a dotted circle.
+    """
+    visible = INVISIBLE.sub("\ufffd", text.replace("\n", "↵").replace("\t", "⇥"))
+    if unicodedata.category(visible.strip(" ")[:1] or " ").startswith("M"):
+        visible = visible.replace(visible.strip(" "), DOTTED_CIRCLE + visible.strip(" "))
+    return visible.strip(" ") or "␣" * len(visible)

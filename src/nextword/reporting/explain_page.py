@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,11 @@ import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from nextword.common.format import show_whitespace
 from nextword.common.fs import atomic_write
 from nextword.reporting.formatting import TEMPLATES, render
 from nextword.reporting.run_data import as_mapping
 
-DOTTED_CIRCLE = "\u25cc"
-# Control characters, and those of the direction of text. Joiners are part of words.
-INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 LARGE_HEADING_CHARS, MAX_HEADING_CHARS = 90, 500
 
 
@@ -59,16 +56,6 @@ def content_security_policy(style: str, script: str) -> str:
         f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
-
-
-def show_whitespace(text: str) -> str:
-    """A token inside a sentence: line breaks and tabs as arrows, a token of spaces as ␣, control characters as U+FFFD, and a
-    combining mark without a letter on a dotted circle.
-    """
-    visible = INVISIBLE.sub("\ufffd", text.replace("\n", "↵").replace("\t", "⇥"))
-    if unicodedata.category(visible.strip(" ")[:1] or " ").startswith("M"):
-        visible = visible.replace(visible.strip(" "), DOTTED_CIRCLE + visible.strip(" "))
-    return visible.strip(" ") or "␣" * len(visible)
 
 
 def text_direction(texts: Sequence[str]) -> str:
