@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Annotated, Any, TypeGuard, TypeVar, cast
 
 import msgspec
 from filelock import FileLock
@@ -37,6 +37,7 @@ MODEL_FILES = (
 # Never follow a link that is planted at the path of an output, and never wait for the other end of a pipe.
 NOFOLLOW, NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0)]  # in the records of a log
 
 # ---------------------------------------------------------------- disk space
 

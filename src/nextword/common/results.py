@@ -17,13 +17,12 @@ from typing import Annotated, Any, TypeGuard, TypeVar
 import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import MANIFEST, read_manifest, read_sealed_json
+from nextword.common.fs import MANIFEST, Count, read_manifest, read_sealed_json
 from nextword.common.statistics import ScoreWithCI, holm
 
 EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
 
 Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # neither NaN nor infinite
-Count = Annotated[int, msgspec.Meta(ge=0)]
 T = TypeVar("T")
 
 

@@ -37,7 +37,6 @@ LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process ho
 ROUNDING_NOTE = "equal within rounding, not bit for bit"
 LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
 LOCATION_OPTIONS = ("corpora", "model", "data", "validation", "test")  # inputs, which are identified by their content
-Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Environment(msgspec.Struct):
@@ -68,7 +67,7 @@ class _Result(msgspec.Struct):
 
 
 class _MetricsRecord(msgspec.Struct):
-    step: Count
+    step: fs.Count
     seconds: float = 0.0
     loss: float | None = None
 

@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from nextword.common.errors import UsageError
+from nextword.common.fs import finite
 from nextword.data.issues import replace_surrogates
 
 WRITABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
@@ -23,13 +23,7 @@ def check_table_suffix(path: Path) -> None:
 
 def to_plain_value(value: Any) -> Any:
     """A value as JSON can hold it: a number that is not finite becomes None, and a date its text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): to_plain_value(item) for name, item in cast(dict[Any, Any], value).items()}
-    if isinstance(value, list):
-        return [to_plain_value(item) for item in cast(list[Any], value)]
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return json.loads(json.dumps(finite(value), default=str))
 
 
 def format_table(rows: Sequence[dict[str, Any]], path: Path) -> str:

@@ -12,6 +12,7 @@ from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.format import quote_command
 from nextword.common.fs import read_sealed_json, write_sealed_json
+from nextword.common.options import Paths
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
 from nextword.common.statistics import (
@@ -36,7 +37,7 @@ from nextword.pipeline.evaluators import (
     split_options,
 )
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, lost_text_of, score_items
-from nextword.pipeline.language_model import LanguageModel, Paths, as_list
+from nextword.pipeline.language_model import LanguageModel
 from nextword.pipeline.predictor import compute_calibration
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark
@@ -344,7 +345,7 @@ def load_eval_text(
         UsageError: No text is given, and `path` is not a run or the other models have other tokenizers.
     """
     model, *others = eval_models.with_text
-    if as_list(texts):
+    if texts:
         return [each.read_tokens(texts, text_column, console) for each in (model, *others)], stride, None
     run = RunDir(Path(path))
     if not run.exists:

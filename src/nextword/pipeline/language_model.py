@@ -15,6 +15,7 @@ from nextword.common.console import Console
 from nextword.common.environment import resolve_device
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.format import quote_command
+from nextword.common.options import Paths, as_strings
 from nextword.common.run_dir import RunDir
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
@@ -34,13 +35,6 @@ from nextword.tasks.examples import example_from_texts
 from nextword.tasks.linear import LinearClassifier
 
 FORGETTING_TOKENS = 2**14  # tokens of the pre-training corpus on which forgetting is measured
-
-Paths = str | Path | Sequence[str | Path]
-
-
-def as_list(paths: Paths) -> list[str | Path]:
-    """One path, or several, as a list."""
-    return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
 
 def resolve_model_dir(path: str | Path) -> Path:
@@ -213,7 +207,7 @@ class LanguageModel:
         chunks: list[np.ndarray] = []
         num_bytes = lost_bytes = 0
         notes: set[str] = set()
-        for source in find_sources(as_list(texts), issues, text_column):
+        for source in find_sources(as_strings(texts), issues, text_column):
             for document in source.read(issues):
                 # The first token is predicted, too: after the begin token, or else after an end-of-text token, as in training.
                 begin = [id for id in tokenizer.bos_ids if id != tokenizer.eos_id]
@@ -227,7 +221,7 @@ class LanguageModel:
         for line in [*issues.summary_lines(), *filter(None, notes)]:
             console.warn(line)
         if not chunks:
-            raise NextwordError(f"there is no text in {', '.join(map(str, as_list(texts)))}")
+            raise NextwordError(f"there is no text in {', '.join(as_strings(texts))}")
         if lost_bytes:
             message = lost_text_message(lost_bytes, num_bytes)
             if lost_bytes == num_bytes:

@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
-
-import msgspec
 
 from nextword.common.errors import TrainingDivergedError
-from nextword.common.fs import read_manifest, read_records, write_records
+from nextword.common.fs import Count, read_manifest, read_records, write_records
 from nextword.training import checkpoint
 from nextword.training.launch import RunContext
 from nextword.training.step import TrainState
@@ -30,8 +27,6 @@ SPIKE_MEDIAN_RATIO = 1.5
 SPIKE_DEVIATIONS = 10.0
 MAX_ATTEMPTS = 3  # rollbacks at one place
 MAX_NAMES_SHOWN = 3  # documents in a message
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
 
 # ---------------------------------------------------------------- skipped batches
 

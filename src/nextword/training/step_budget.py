@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import append_line, read_records, to_json_line, write_records
+from nextword.common.fs import Count, append_line, read_records, to_json_line, write_records
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 
 MIN_INITIAL_STEPS = 50
@@ -25,7 +25,7 @@ MIN_INITIAL_STEPS = 50
 class StepBudgetDecision:
     """From `step` on, the run is planned to end after `total_steps`; decided `seconds` after the start of the run."""
 
-    step: Annotated[int, msgspec.Meta(ge=0)]
+    step: Count
     total_steps: Annotated[int, msgspec.Meta(ge=1)]
     seconds: Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)] = 0.0
 
