@@ -5,6 +5,7 @@ never broken.
 """
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 
 from browsing import CSP_VIOLATION_SCRIPT, DESKTOP_VIEWPORT, DISPLAY_VARIANTS, PHONE_VIEWPORT, SCREENSHOT_DIR
 from browsing import browser as browser
+from nextword.common.fs import MANIFEST
 from page_server import CONTENT_SECURITY_POLICY, EMOJI, HTML, PAGE_DIR, RTL, STORY, PageServer
 from processes import wait_until
 
@@ -775,14 +777,17 @@ def test_copy_and_reload(open_page: Open) -> None:
     assert j.field("Text to continue").input_value() == "half a tale"
 
 
-def test_with_a_real_model(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_real_model(browser: "Browser", base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import security
     from served import running_server
 
     assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
-    with running_server(base, api_key="a secret", name="small") as server:
+    model = shutil.copytree(base / "model", tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
+    generation_config = {**json.loads((model / "generation_config.json").read_text()), "top_k": 250, "temperature": 1.2}
+    (model / "generation_config.json").write_text(json.dumps(generation_config))
+    with running_server(model, api_key="a secret", name="small") as server:
 
         def disconnects() -> float:
             return server.metric("nextword_clients_left_total", Authorization="Bearer a secret")
@@ -794,6 +799,7 @@ def test_with_a_real_model(browser: "Browser", base: Path, monkeypatch: pytest.M
         j.page.keyboard.press("Enter")
         expect(j.at("#model")).to_contain_text("small")
         expect(j.at("#hint")).to_contain_text("not fine-tuned for chat")
+        assert [j.at(f"#{name}").input_value() for name in ("top_k", "temperature", "top_p")] == ["250", "1.2", "1"]
         j.field("Text to continue").fill("The list of values " * 40)  # more than its context
         expect(j.at("#count")).to_contain_text("the model reads the last 64")
         j.page.keyboard.press("Control+Enter")

@@ -1,6 +1,10 @@
 """Sampling against its definitions, against the processors of transformers, and against its probabilities."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +18,56 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nextword.common.errors import NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.inference.sampling import Sampling, apply_penalties, probabilities, sample
+from nextword.inference.sampling_options import SamplingOptions, read_sampling_defaults
 
 PLAIN = Sampling(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True, "eos_token_id": 0}, Sampling()),
+        ({"temperature": 0.6, "top_k": 50, "top_p": 0.9}, Sampling(temperature=0.6, top_k=50, top_p=0.9)),
+        ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0)),
+        ({"max_new_tokens": 7, "min_p": 0.1, "top_p": None}, Sampling(max_tokens=7, min_p=0.1)),
+        ({"repetition_penalty": 1.1, "top_k": 0}, Sampling(repetition_penalty=1.1, top_k=0)),
+    ],
+)
+def test_the_defaults_are_those_of_the_generation_config(
+    content: dict[str, Any], expected: Sampling, tmp_path: Path
+) -> None:
+    assert read_sampling_defaults(tmp_path) == Sampling()
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    defaults = read_sampling_defaults(tmp_path)
+    assert defaults == expected
+    given = SamplingOptions(temperature=0.0, top_k=0, min_p=0.0, stop=("x",), seed=3).sampling(defaults)
+    assert given == replace(defaults, temperature=0.0, top_k=0, min_p=0.0, stop=("x",), seed=3)
+    assert SamplingOptions().sampling(defaults) == defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("temperature", value) for value in (-1, math.nan, math.inf, "0.7", True, [1])),
+        *(("top_k", value) for value in (-5, 1.5, 10**40, {})),
+        *(("top_p", value) for value in (0, 1.01)),
+        *(("repetition_penalty", value) for value in (0, 10**9)),
+        ("max_new_tokens", -1),
+    ],
+)
+def test_a_generation_config_out_of_range_is_named(key: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+    name = {"max_new_tokens": "max_tokens"}.get(key, key)
+    with pytest.raises(CorruptFileError, match=rf"generation_config.json: (.*{name} must be|.*nan|.*inf)"):
+        read_sampling_defaults(tmp_path)
+
+
+def test_all_tokens_are_kept_with_a_top_k_of_zero() -> None:
+    logits = random_logits(0)
+    assert torch.equal(probabilities(logits, Sampling(top_k=0)), probabilities(logits, Sampling()))
 
 
 def random_logits(seed: int, size: int = 50) -> torch.Tensor:
@@ -177,7 +227,7 @@ def test_nonfinite_logits_are_rejected(bad: float, temperature: float) -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("top_k", 0),
+        ("top_k", -1),
         ("top_k", 1.5),
         ("top_p", 0.0),
         ("top_p", 1.1),

@@ -5,6 +5,7 @@ import base64
 import builtins
 import json
 import re
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 
 import nextword
+from conftest import CLIRunner
 from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError
+from nextword.common.fs import MANIFEST
 from nextword.data.tokenizer import EOS_TOKEN, train_bpe
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
@@ -608,6 +611,24 @@ def test_the_defaults_are_those_of_the_commands(server: ServerProcess) -> None:
     assert float(values["repetition_penalty"]) == defaults.repetition_penalty
     expected = server.complete("The", seed=1, temperature=defaults.temperature)
     assert server.complete("The", seed=1)["choices"] == expected["choices"]
+
+
+def test_a_model_has_its_own_defaults(base: Path, tmp_path: Path, nextword: CLIRunner) -> None:
+    """For the same again. What a request or an option gives counts more."""
+    model = shutil.copytree(base / "model", tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
+    content = {**json.loads((model / "generation_config.json").read_text()), "do_sample": False, "max_new_tokens": 9}
+    (model / "generation_config.json").write_text(json.dumps(content))
+    greedy = load(base).generate("The", temperature=0, max_tokens=9)[0].text
+    sampled = load(base).generate("The", temperature=1.5, max_tokens=9, seed=1)[0].text
+    assert load(model).generate("The")[0].text == greedy != sampled
+    assert nextword("generate", model, "The").stdout == f"The{greedy}\n"
+    assert nextword("generate", model, "The", "--temperature", "1.5", "--seed", "1").stdout == f"The{sampled}\n"
+    with running_server(model) as server:
+        shown = server.get("/v1/models").json["data"][0]["nextword"]["sampling"]
+        assert (shown["temperature"], shown["max_tokens"], shown["top_k"]) == (0, 9, None)
+        assert server.complete("The", max_tokens=9)["choices"][0]["text"] == greedy
+        given = {"max_tokens": 9, "temperature": 1.5, "seed": 1}
+        assert server.complete("The", **given)["choices"][0]["text"] == sampled
 
 
 def test_lone_surrogates_are_rejected(server: ServerProcess) -> None:

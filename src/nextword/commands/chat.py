@@ -33,12 +33,12 @@ def chat(config: ChatConfig, context: Context) -> list[dict[str, Any]]:
     from nextword.commands.chat_session import GREETING, ChatSession, terminal_reader
     from nextword.pipeline.language_model import load
 
-    sampling, stream = config.sampling(), sys.stderr if context.output == "json" else sys.stdout
+    stream = sys.stderr if context.output == "json" else sys.stdout
     model = load(config.model, config.device, config.precision)
     session = ChatSession(
         model.gpt,
         model.tokenizer,
-        sampling,
+        config.sampling(model.sampling_defaults),
         read_line=terminal_reader(),
         write_text=lambda text: print(text, end="", flush=True, file=stream),
         system=config.system,

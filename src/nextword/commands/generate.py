@@ -11,14 +11,14 @@ from nextword.common.console import read_standard_input, write_result
 from nextword.common.errors import UsageError
 from nextword.common.numbers import SmallCount
 from nextword.common.options import DeviceOption, ModelArgument, PrecisionOption, argument, as_strings, option, options
-from nextword.inference.sampling_options import Sampling
+from nextword.inference.sampling_options import SamplingOptions
 
 if TYPE_CHECKING:
     from nextword.inference.engine import Completion
 
 
 @options
-class GenerateConfig(ModelArgument, PrecisionOption, DeviceOption, Sampling):
+class GenerateConfig(ModelArgument, PrecisionOption, DeviceOption, SamplingOptions):
     """Continue a text with a model.
 
     Use chat to talk with a model that was fine-tuned on conversations, and predict for one that was fine-tuned on another
@@ -78,8 +78,9 @@ def generate(config: GenerateConfig, context: Context) -> "list[Completion]":
     if context.output is not None:
         for prompt in config.prompts:
             check_is_text(prompt, f"If it has a prompt on each line: --file={shlex.quote(prompt)}")
-    sampling, prompts = config.sampling(), config.all_prompts()
+    prompts = config.all_prompts()
     model = load(config.model, config.device, config.precision)
+    sampling = config.sampling(model.sampling_defaults)
     if message := model.tokenizer.form_message(prompts):
         context.console.warn(message)
     if lost := "".join(model.tokenizer.lost_text(prompts)):

@@ -101,7 +101,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
     # Shifted before the division, so that no temperature overflows.
     logits = (logits - logits.max()) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(logits):
+    if sampling.top_k and sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         probability, order = logits.softmax(0).sort(descending=True, stable=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nextword.inference.model_runner import ModelRunner, build_runner, fake_quan
 from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
 from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
+from nextword.inference.sampling_options import read_sampling_defaults
 from nextword.model.gpt import GPT, with_context_length
 from nextword.model.hf import load_model, load_shards
 from nextword.pipeline.predictor import Predictor
@@ -87,6 +88,7 @@ class LanguageModel:
         directory: The model directory. It differs from `path` for a checkpoint of a run.
         gpt: The model with its original weights.
         tokenizer: The tokenizer.
+        sampling_defaults: The sampling parameters that are not given otherwise.
         precision: The precision of generation and evaluation: float32, or weights quantized to 8 or 4 bits, which is faster and
             needs less memory (see `nextword.inference.quantization`).
     """
@@ -97,6 +99,7 @@ class LanguageModel:
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
         check_tokenizer(self.gpt, self.tokenizer)
+        self.sampling_defaults = read_sampling_defaults(path)
         self.precision: Precision = precision
 
     @cached_property
@@ -161,14 +164,14 @@ class LanguageModel:
         Args:
             prompts: One prompt or several, which are processed together.
             sampling: How tokens are sampled.
-            settings: Fields of `Sampling`, instead of `sampling`.
+            settings: Fields of `Sampling`, instead of `sampling`. Default: those of the model's generation_config.json.
         """
-        sampling = sampling or Sampling(**settings)
+        sampling = sampling or replace(self.sampling_defaults, **settings)
         return self.engine.generate([prompts] if isinstance(prompts, str) else list(prompts), sampling)
 
     def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
         """Generate the completion of a prompt piece by piece. Arguments are those of `generate`."""
-        return self.engine.stream(prompt, sampling or Sampling(**settings))
+        return self.engine.stream(prompt, sampling or replace(self.sampling_defaults, **settings))
 
     def predict(self, *texts: str) -> dict[str, Any]:
         """The prediction of a fine-tuned model for one example.

@@ -8,6 +8,7 @@ import asyncio
 import codecs
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from fastapi.routing import APIRoute
@@ -216,11 +217,14 @@ class BaseCompletionRequest(RequestModel):
             raise invalid_field("response_format", "schema and json_schema.schema differ: send one of them")
         return schemas[0] if schemas else None if response_format.type == "text" else ANY_OBJECT
 
-    def to_sampling(self, vocab_size: int, extra_stop: Sequence[str] = (), **overrides: Any) -> Sampling:
+    def to_sampling(
+        self, vocab_size: int, defaults: Sampling, extra_stop: Sequence[str] = (), **overrides: Any
+    ) -> Sampling:
         """Sampling parameters for the engine.
 
         Args:
             vocab_size: Number of token ids.
+            defaults: Those of the model, for parameters that the request does not have.
             extra_stop: Stop strings besides those of the request.
             overrides: Parameters that differ between routes.
 
@@ -233,10 +237,11 @@ class BaseCompletionRequest(RequestModel):
                 raise invalid_field("logit_bias", f"{token[:20]!r} is not a token id (0 to {vocab_size - 1})")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         try:
-            return Sampling(
+            return replace(
+                defaults,
                 **self.model_dump(include=SAMPLING_FIELDS, exclude_none=True),
-                top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
-                top_p=None if self.top_p is None else max(self.top_p, MIN_TOP_P),
+                top_k=defaults.top_k if self.top_k is None else max(self.top_k, 0),
+                top_p=defaults.top_p if self.top_p is None else max(self.top_p, MIN_TOP_P),
                 logit_bias={int(token): bias for token, bias in biases.items()} or None,
                 stop=(*stop, *extra_stop),
                 **overrides,

@@ -86,6 +86,7 @@ async def completions(body: protocol.CompletionRequest, request: Request, servic
         tokenizer, truncate_to = service.model.tokenizer, body.truncate_prompt_tokens
         sampling = body.to_sampling(
             tokenizer.vocab_size,
+            service.model.sampling_defaults,
             # best_of ranks sequences by the log-probabilities of their tokens.
             logprobs=0 if body.logprobs is None and samples_per_prompt > n else body.logprobs,
             max_tokens=max_tokens,
@@ -134,6 +135,7 @@ async def chat(body: protocol.ChatRequest, request: Request, service: ServiceDep
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = body.to_sampling(
             service.model.tokenizer.vocab_size,
+            service.model.sampling_defaults,
             service.chat_encoder.stop_strings,
             logprobs=logprobs,
             max_tokens=min(max_tokens, max(1, context_length - len(ids))),

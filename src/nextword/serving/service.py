@@ -17,6 +17,7 @@ from nextword.data.issues import IssueLog
 from nextword.inference.constrained import PARSER_LIMITS, ConstraintCompiler, JSONConstraint, error_summary
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner
+from nextword.inference.sampling_options import GENERATION_CONFIG_KEYS
 from nextword.model.gpt import GPT
 from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
@@ -161,6 +162,9 @@ class Service:
                 "context_length": self.context_length,
                 "precision": self.config.precision,
                 "parameters": self.model.gpt.config.parameters,
+                "sampling": {
+                    name: getattr(self.model.sampling_defaults, name) for name in GENERATION_CONFIG_KEYS.values()
+                },
             },
         }
 

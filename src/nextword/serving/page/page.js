@@ -79,6 +79,7 @@ async function connect() {
     if (!state.model && nextword?.chat === false && !state.exchanges.length) state.mode = "completion";
     state.model = { chat: true, ...nextword, id };
     document.title = `${id} · nextword`;
+    showDefaults(state.model.sampling ?? {});
     if (state.serverError) Object.assign(state, { notice: "Reconnected. Nothing was lost.", undo: null });
     state.serverError = null;
     retryDelay = 1;
@@ -109,6 +110,20 @@ const requestKey = () => keyRequest ??= new Promise((resolve) => {
 // ---------------------------------------------------------------------------------------------- generation
 
 const samplingInputs = () => [...$("sampling").querySelectorAll("input[type=range], input[type=number]")];
+
+/** The defaults of the model, for settings that were not changed. */
+function showDefaults(defaults) {
+  for (const field of samplingInputs()) {
+    const value = defaults[field.name];
+    if (value === undefined || value === null) continue;
+    const isChanged = field.value !== field.defaultValue;
+    const shown = field.name === "top_k" && value === 0 ? "" : String(value);
+    const changed = field.value;
+    field.defaultValue = shown;
+    field.value = isChanged ? changed : shown;
+  }
+  showSettings();
+}
 
 /** The sampling settings; empty ones are left to the server. */
 function sampling() {
