@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.text_units import split_words
 from nextword.data.issues import IssueLog
 from nextword.tasks import benchmark_items
 from nextword.tasks.benchmark_items import (
@@ -21,7 +22,6 @@ from nextword.tasks.benchmark_items import (
     shuffle_words,
 )
 from nextword.tasks.benchmark_spec import BENCHMARK_KINDS, find_benchmark, load_benchmarks
-from nextword.tasks.metrics import split_words
 
 BLIMP = [
     {

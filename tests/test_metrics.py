@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from nextword.common.statistics import (
     proportion_difference,
     statistic_of_sums,
 )
+from nextword.common.text_units import split_words
 from nextword.tasks.metrics import (
     MAX_KURTOSIS,
     MIN_CORRELATED,
+    bleu_tokenizer,
     classification,
     distinct_n,
     generation_metric_difference,
@@ -36,7 +39,6 @@ from nextword.tasks.metrics import (
     preference,
     repeated_ngram_fraction,
     similarity,
-    split_words,
 )
 
 # The reference libraries, which have no type annotations.
@@ -364,8 +366,12 @@ def test_chrf_and_bleu_equal_sacrebleu(pairs):
     reference_lists = [[entry] if isinstance(entry, str) else entry for entry in references]
     scores = generation_metrics(references, texts, ["bleu", "chrf"])
     assert [*scores] == ["bleu", "chrf"]
+    tokenizer = bleu_tokenizer("".join(chain(*reference_lists)))
     assert scores["chrf"].value == sacrebleu.CHRF().corpus_score(texts, streams(reference_lists)).score
-    assert scores["bleu"].value == sacrebleu.BLEU().corpus_score(texts, streams(reference_lists)).score
+    assert (
+        scores["bleu"].value
+        == sacrebleu.BLEU(tokenize=tokenizer, effective_order=True).corpus_score(texts, streams(reference_lists)).score
+    )
 
 
 def test_rouge_is_the_mean_of_the_best_references():

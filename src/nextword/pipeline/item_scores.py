@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nextword.common.statistics import ScoreWithCI, mean, proportion, ratio_of_sums, statistic_of_sums
+from nextword.common.text_units import split_words
 from nextword.inference.engine import Completion, Engine, Prompt
 from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer, ProgressCallback
 from nextword.inference.sampling import Sampling
@@ -27,7 +28,6 @@ from nextword.tasks.metrics import (
     distinct_n,
     generation_metrics,
     repeated_ngram_fraction,
-    split_words,
 )
 
 DEFAULT_NUM_TEXTS = 64  # texts generated without prompts

@@ -1,16 +1,13 @@
 """Baselines that need no model: what a trained model has to beat.
 
-Each takes training data and test inputs and returns predictions. A word is a run of letters, digits and combining marks in
-lower case, with inner apostrophes ("don't"), or a single sign.
+Each takes training data and test inputs and returns predictions. A word is one of `text_units.tokens` in lower case and NFC: a
+word with its inner apostrophes ("don't"), a grapheme of a script without spaces, or a single sign.
 
 Naive Bayes and TF-IDF are scikit-learn's, imported inside the functions because importing it takes seconds.
 """
 
-import functools
 import importlib
 import itertools
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, TypeVar
@@ -18,12 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nextword.common.errors import UsageError
+from nextword.common.text_units import nfc, sentences, tokens, uses_spaces
 
 SCORING_BATCH_SIZE = 64  # texts whose similarities to all training sources are computed at once
 TIE_DECIMALS = 9  # cosine similarities that agree to this many digits are ties: rounding errors must not decide
-# Words before a full stop that does not end a sentence. Single letters are handled separately ("e.g.", "U.S.").
-ABBREVIATIONS = {"al", "cf", "dr", "eq", "eqs", "fig", "figs", "mr", "mrs", "ms", "prof", "resp", "sec", "st", "vs"}
-_SENTENCE_END = re.compile(r"""(?<![.?!])(?P<sign>[.?!]++)["'”’»)\]]*+\s++(?=(?P<next>["'“‘«(\[]*+\w))""")
+MAX_GRAPHEMES = 4  # of an n-gram of a script without spaces, about as long as a word and its neighbor
 
 T = TypeVar("T", bound=Hashable)
 TextInput = str | Sequence[str]  # one text, or several, such as premise and hypothesis
@@ -41,13 +37,17 @@ def majority(train_labels: Sequence[T], num_predictions: int) -> list[T]:
 
 
 def ngram_features(*texts: str) -> list[str]:
-    """Words and word bigrams ("the", "film", "the film").
+    """Words and word bigrams ("the", "film", "the film"); up to four graphemes of a text without spaces.
 
     For several texts, each feature has the number of its text ("1:film", "2:the film"), and each word that all texts contain
     is one more feature ("=film").
     """
     tokens_per_text = [_tokenize(text) for text in texts]
-    features_per_text = [[*tokens, *map(" ".join, itertools.pairwise(tokens))] for tokens in tokens_per_text]
+    max_length = 2 if uses_spaces("".join(texts)) else MAX_GRAPHEMES
+    features_per_text = [
+        [" ".join(row[i : i + n]) for n in range(1, max_length + 1) for i in range(len(row) - n + 1)]
+        for row in tokens_per_text
+    ]
     if len(texts) == 1:
         return features_per_text[0]
     shared = set(tokens_per_text[0]).intersection(*tokens_per_text[1:])
@@ -160,18 +160,8 @@ def most_similar_choice(
 
 
 def lead_sentence(text: str) -> str:
-    """The first sentence of a text, stripped.
-
-    A sentence ends at a full stop, question mark or exclamation mark (with closing quotes and brackets) that white space and a
-    capital letter follow. A full stop after a single letter ("J.", "e.g.") or one of `ABBREVIATIONS` ends none.
-    """
-    text = text.strip()
-    for end in _SENTENCE_END.finditer(text):
-        word = re.findall(r"\w*$", text[max(0, end.start() - 8) : end.start()])[0]  # no abbreviation is longer
-        is_abbreviation = (len(word) == 1 and word.isalpha()) or word.lower() in ABBREVIATIONS
-        if end["next"][-1].isupper() and not (end["sign"] == "." and is_abbreviation):
-            return text[: end.end()].rstrip()
-    return text
+    """The first of a text's `sentences`, stripped. In Thai and Lao, which mark none, it is the whole text."""
+    return next(sentences(text), "")
 
 
 def nearest_neighbor_targets(
@@ -229,15 +219,8 @@ def _row_products(a: Any, b: Any) -> np.ndarray:
     return np.asarray(a.multiply(b).sum(1)).ravel()
 
 
-@functools.cache
-def _word_pattern() -> re.Pattern[str]:
-    """The pattern of a word. `\\w` alone would split Indic and Arabic words at their combining marks."""
-    marks = "".join(c for c in map(chr, range(0x300, 0x2100)) if unicodedata.category(c).startswith("M"))
-    return re.compile(rf"[\w{marks}]+(?:['’][\w{marks}]+)*|[^\w\s{marks}]")
-
-
 def _tokenize(text: str) -> list[str]:
-    return _word_pattern().findall(text.lower())
+    return tokens(nfc(text.lower()))
 
 
 def _check_same_length(item_name: str, first: Sequence[object], *others: Sequence[object]) -> None:

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import is_json_array, is_json_object
+from nextword.common.text_units import split_words, uses_spaces
 from nextword.data.builtin_datasets import download_hub_files
 from nextword.data.decoding import BLOCK_BYTES, LineReader, decode_chunks, file_format, limit_expansion
 from nextword.data.issues import IssueLog, RowError, error_text, join_names, name_source
 from nextword.data.readers import TABLE_SUFFIXES, Record, join_chunks, read_records
 from nextword.tasks.benchmark_spec import Benchmark
-from nextword.tasks.metrics import split_words
 from nextword.tasks.schema import infer_answer_format, parse_inputs, parse_targets
 
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
@@ -380,7 +380,7 @@ def sample_indices(rows: Sequence[BenchmarkRow], limit: int | None) -> list[int]
 
 
 def shuffle_words(texts: Sequence[str], salt: str) -> list[str]:
-    """The words of texts in another order, final punctuation kept in place; the characters of a text without spaces.
+    """The words of texts in another order, final punctuation kept in place; the graphemes of a text without spaces.
 
     Words are ordered by a hash, so that the words that two sentences of a pair share keep the same order in both. The hash is
     the first of `SHUFFLE_ATTEMPTS` that leaves no text in its order. None does if two words stand in one order here and in the
@@ -393,7 +393,7 @@ def shuffle_words(texts: Sequence[str], salt: str) -> list[str]:
         if not any(row == other and len(set(row)) > 1 for row, other in zip(words, shuffled, strict=True)):
             break
     return [
-        ("" if len(row) > len(text.split()) else " ").join(row) + text[len(body) :]
+        (" " if uses_spaces(body) else "").join(row) + text[len(body) :]
         for row, body, text in zip(shuffled, bodies, texts, strict=True)
     ]
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.text_units import nfc
 from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation
 from nextword.data.dataset import IGNORE_INDEX, Batch, Labels, derive_seed, permute
 from nextword.data.issues import IssueLog
@@ -522,7 +523,7 @@ def remove_leaks(
     """
 
     def inputs(examples: Sequence[Example]) -> list[tuple[str, ...]]:
-        texts = [tuple(" ".join(text.split()) for text in input_texts(task_spec.task, e)) for e in examples]
+        texts = [tuple(nfc(" ".join(text.split())) for text in input_texts(task_spec.task, e)) for e in examples]
         return [tuple(sorted(pair)) for pair in texts] if task_spec.task == "similarity" else texts
 
     def without(examples: Sequence[Example], excluded: Collection[tuple[str, ...]], kind: str) -> list[Example]:

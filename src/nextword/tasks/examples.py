@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
+from nextword.common.text_units import nfc
 from nextword.data.decoding import file_format
 from nextword.data.issues import IssueLog, RowError, join_names, name_source
 from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, find_column
@@ -231,6 +232,7 @@ def read_examples(
     if require_targets and not like.task:
         _count_markup(task, items, issues)
     if label_map:
+        label_map = {nfc(old): nfc(new) for old, new in label_map.items()}
         items = _map_labels(items, label_map, issues)
     if label_map is not None and not like.labels:
         with name_source(first_table):
@@ -370,7 +372,7 @@ def _unify_labels(examples: Sequence[Example], known_labels: Sequence[str]) -> N
     is_binary = all(parse_truth(name) is not None for name in names)
 
     def key(name: str) -> str | bool | None:
-        return parse_truth(name) if is_binary else name.lower()
+        return parse_truth(name) if is_binary else nfc(name).lower()
 
     spellings: dict[Any, str] = {key(name): name for name in names}
     if not known_labels:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nextword.common.errors import CorruptFileError
 from nextword.common.fs import build_directory, read_json, to_json, verify_manifest, write_manifest
+from nextword.common.text_units import nfc, words
 
 CONFIG_FILE, WEIGHTS_FILE = "linear.json", "linear.safetensors"
 MAX_FEATURES = 100_000  # of words, and of character n-grams
@@ -155,7 +156,8 @@ def fit_weight(logits: np.ndarray, probabilities: np.ndarray, targets: Sequence[
 
 def _vectorizers() -> list[Any]:
     vectorizer = importlib.import_module("sklearn.feature_extraction.text").TfidfVectorizer
+    settings = {"strip_accents": nfc, "sublinear_tf": True, "max_features": MAX_FEATURES}
     return [
-        vectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=MAX_FEATURES, token_pattern=r"(?u)\b\w+\b"),
-        vectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=MAX_FEATURES),
+        vectorizer(ngram_range=(1, 2), tokenizer=words, token_pattern=None, **settings),
+        vectorizer(analyzer="char_wb", ngram_range=(2, 5), **settings),
     ]

@@ -6,6 +6,7 @@ Shapes: n examples, R rows of sums, K labels.
 """
 
 import importlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -24,6 +25,7 @@ from nextword.common.statistics import (
     statistic_of_sums,
     t_quantile,
 )
+from nextword.common.text_units import nfc, script_of, uses_spaces, words
 from nextword.data.issues import join_names
 
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
@@ -210,9 +212,10 @@ def generation_metrics(
 ) -> dict[str, ScoreWithCI]:
     """Metrics of generated text against one or several references for each source, 0 to 100.
 
-    `chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) are sacrebleu's corpus scores with its defaults. `rouge1`, `rouge2`
-    and `rougeL` (Lin 2004) are means of rouge_score's F-measure with stemming and the best reference. rouge_score only knows
-    the letters a to z and digits: use chrF for other scripts.
+    `chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) are sacrebleu's corpus scores with its defaults, BLEU with
+    `bleu_tokenizer` and, for texts of fewer than four words, the n-grams that there are. `rouge1`, `rouge2` and `rougeL` (Lin
+    2004) are means of rouge_score's F-measure with the best reference, on words of any script, those of ASCII stemmed, and on
+    graphemes where a script has no spaces. Texts are compared in NFC.
 
     `exact_match` and `final_number` are proportions, 0 to 1: of texts that equal a reference up to white space, and of texts
     whose last number equals that of a reference.
@@ -266,13 +269,7 @@ def final_number(text: str) -> float | None:
 
 
 def _normalize_space(text: str) -> str:
-    return " ".join(text.split())
-
-
-def split_words(text: str) -> list[str]:
-    """The words between white space; the characters of a text that has almost no spaces, such as Chinese or Japanese."""
-    words = text.split()
-    return words if 20 * len(words) > len(text) else [character for character in text if not character.isspace()]
+    return nfc(" ".join(text.split()))
 
 
 def repeated_ngram_fraction(words: Sequence[str], n: int = 4) -> float:
@@ -298,22 +295,45 @@ def _generation_statistic(
     """The sufficient statistics of each text [n, columns], and the metric [R] as a function of their sums [R, columns]."""
     if metric_name not in GENERATION_METRICS:
         raise UsageError(f"unknown metric {metric_name!r}: choose from {', '.join(GENERATION_METRICS)}")
-    reference_lists = [[entry] if isinstance(entry, str) else list(entry) for entry in references]
+    reference_lists = [list(map(nfc, [entry] if isinstance(entry, str) else entry)) for entry in references]
+    predictions = list(map(nfc, predictions))
     if missing := [i for i, entry in enumerate(reference_lists, 1) if not entry]:
         raise UsageError(f"text {missing[0]} has no reference: add one or leave the text out")
     if metric_name.startswith("rouge"):
         scorer = import_optional("rouge_score.rouge_scorer", "ROUGE", "scores").RougeScorer(
-            [metric_name], use_stemmer=True
+            [metric_name], tokenizer=_RougeTokenizer()
         )
         scores = [scorer.score_multi(*pair)[metric_name] for pair in zip(reference_lists, predictions, strict=True)]
         return np.array([[score.fmeasure, 1] for score in scores]), lambda sums: 100 * sums[:, 0] / sums[:, 1]
     chrf, bleu = (import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU", "scores") for name in ("chrf", "bleu"))
-    metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(force=True)  # force: no warning about tokenized input
+    texts = "".join(itertools.chain(*reference_lists))
+    # force: no warning about tokenized input; effective_order: short texts have no 4-grams
+    bleu_settings = {"tokenize": bleu_tokenizer(texts), "force": True, "effective_order": True}
+    metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(**bleu_settings)
     num_streams = max(map(len, reference_lists))
     streams = [[entry[i] if i < len(entry) else None for entry in reference_lists] for i in range(num_streams)]
     # sacrebleu's bootstrap calls these two methods as well.
     columns = np.array(metric._extract_corpus_statistics(list(predictions), streams), dtype=np.float64)
     return columns, lambda sums: np.array([metric._compute_score_from_stats(row).score for row in sums.tolist()])
+
+
+def bleu_tokenizer(text: str) -> str:
+    """The tokenizer of sacrebleu for texts of a script: "zh" for Chinese, "char" for other scripts without spaces, or "13a"."""
+    return "13a" if uses_spaces(text) else "zh" if script_of(text) == "Han" else "char"
+
+
+class _RougeTokenizer:
+    """Words of any script; those of ASCII are split and stemmed as by rouge_score itself."""
+
+    def __init__(self):
+        self._ascii = import_optional("rouge_score.tokenizers", "ROUGE", "scores").DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
+        if text.isascii():
+            return self._ascii.tokenize(text)
+        parts = (self._ascii.tokenize(word) if word.isascii() else [word] for word in words(text.lower()))
+        return list(itertools.chain(*parts))
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:

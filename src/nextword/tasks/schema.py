@@ -20,6 +20,7 @@ from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import is_json_array, is_json_object
+from nextword.common.text_units import nfc
 from nextword.data.chat_format import ROLE_NAMES, content_text
 from nextword.data.issues import RowError, join_names, replace_surrogates
 from nextword.data.readers import TEXT_COLUMNS, find_column, map_strings
@@ -607,7 +608,7 @@ def _parse_label(value: Any) -> str:
     if _is_missing(value):
         raise RowError("the label is empty")
     if isinstance(value, str | int | float):
-        text = str(value).strip()
+        text = nfc(str(value).strip())
         integer = _INTEGER.fullmatch(text)
         return integer[1] if integer else text
     raise RowError("the label is neither a string nor a number", f"it is {_preview(value)}")
