@@ -24,7 +24,7 @@ import numpy as np
 from nextword.audit.findings import MAX_EXAMPLES, Finding
 from nextword.audit.pii import PII_KINDS, find_pii, format_excerpt, mask_pii
 from nextword.audit.text_index import CorpusIndex
-from nextword.common import statistics
+from nextword.common import statistics, text_units
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, import_optional
 from nextword.common.fs import is_json_array, is_json_object, map_disk_errors
@@ -40,8 +40,38 @@ from nextword.tasks.benchmark_items import (
 from nextword.tasks.benchmark_spec import Benchmark
 
 SAMPLE_CHARS = 4096  # characters of a document from which its script and language are identified
-MIN_LETTERS = 64  # letters needed to identify a language
-MIN_LINE_BYTES = 24  # lines shorter than this are not counted as repeated
+MIN_LANGUAGE_WIDTH = 64  # columns (`text_width`) of text needed to identify a language
+MIN_LINE_WIDTH = 24  # lines narrower than this are not counted as repeated
+# The scripts of languages that py3langid knows; those of all others are Latin.
+LANGUAGE_SCRIPTS = {
+    **dict.fromkeys(["be", "bg", "kk", "ky", "mk", "mn", "ru", "uk"], ("Cyrillic",)),
+    "sr": ("Cyrillic", "Latin"),
+    **dict.fromkeys(["ar", "fa", "ps", "ug", "ur"], ("Arabic",)),
+    "ku": ("Arabic", "Latin"),
+    **dict.fromkeys(["hi", "mr", "ne"], ("Devanagari",)),
+    **dict.fromkeys(["as", "bn"], ("Bengali",)),
+    "am": ("Ethiopic",),
+    "dz": ("Tibetan",),
+    "el": ("Greek",),
+    "gu": ("Gujarati",),
+    "he": ("Hebrew",),
+    "hy": ("Armenian",),
+    "ja": ("Hiragana", "Katakana", "Han"),
+    "ka": ("Georgian",),
+    "km": ("Khmer",),
+    "kn": ("Kannada",),
+    "ko": ("Hangul",),
+    "lo": ("Lao",),
+    "ml": ("Malayalam",),
+    "or": ("Oriya",),
+    "pa": ("Gurmukhi",),
+    "si": ("Sinhala",),
+    "ta": ("Tamil",),
+    "te": ("Telugu",),
+    "th": ("Thai",),
+    "zh": ("Han",),
+}
+UNKNOWN_LANGUAGE = "not one of the languages that py3langid knows"
 NUM_HASH_SLOTS, MAX_TRACKED_LINES = 2**22, 2**16
 MAX_NGRAM, MIN_NGRAM = 13, 8  # consecutive words of an item that are evidence (Brown et al. 2020, appendix C)
 MIN_PART_WORDS, MIN_ITEM_WORDS = (
@@ -55,9 +85,6 @@ BATCH_SIZE = 2048  # shingles hashed at once
 EMPTY_HASH = np.uint64(2**64 - 1)  # of a document without shingles
 _SEPARATORS = re.compile(r"[-‐-―−/_]")
 _PUNCTUATION = re.compile(r"[^\w\s]+")
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -115,24 +142,13 @@ def _input_issue_findings(index: CorpusIndex) -> list[Finding]:
 
 
 def script_findings(index: CorpusIndex) -> list[Finding]:
-    """Documents by script, from the Unicode names of their letters."""
+    """Documents by script, as Unicode assigns it to their letters."""
 
     def dominant_script(text: str) -> str:
-        counts: Counter[str] = Counter()
-        for character, count in Counter(text).items():
-            if character.isalpha():
-                counts[unicode_script(character)] += count
-        return counts.most_common(1)[0][0] if counts else "none (no letters)"
+        return text_units.script_of(text) or "none (no letters)"
 
     note = f"the script of most letters in the first {SAMPLE_CHARS:,} characters"
     return _category_findings(index, "documents in script", note, dominant_script)
-
-
-@cache
-def unicode_script(letter: str) -> str:
-    """The first word of a letter's Unicode name: "LATIN SMALL LETTER A" is Latin."""
-    name = unicodedata.name(letter, "UNKNOWN").split()[0]
-    return {"CJK": "Han"}.get(name, name.capitalize())
 
 
 def language_findings(index: CorpusIndex, console: Console) -> list[Finding]:
@@ -144,7 +160,12 @@ def language_findings(index: CorpusIndex, console: Console) -> list[Finding]:
         return []
 
     def identify_language(text: str) -> str:
-        return str(langid.classify(text)[0]) if sum(map(str.isalpha, text)) >= MIN_LETTERS else "none (too short)"
+        if text_units.text_width("".join(text_units.words(text))) < MIN_LANGUAGE_WIDTH:
+            return "none (too short)"
+        language = str(langid.classify(text)[0])
+        return (
+            language if text_units.script_of(text) in LANGUAGE_SCRIPTS.get(language, ("Latin",)) else UNKNOWN_LANGUAGE
+        )
 
     note = f"identified by py3langid from the first {SAMPLE_CHARS:,} characters"
     return _category_findings(index, "documents in language", note, identify_language)
@@ -277,10 +298,10 @@ def _pairs_in_a_band(bands: np.ndarray) -> set[tuple[int, int]]:
 
 
 def normalized_words(text: str) -> list[str]:
-    """The words of a text without case, punctuation and combining marks; the characters of scripts without spaces."""
+    """The words of a text without case, punctuation and combining marks; the letters of scripts without spaces."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = _PUNCTUATION.sub("", _SEPARATORS.sub(" ", text))
-    return _UNSPACED.sub(r" \g<0> ", text).split()
+    return text.split() if text.isascii() else text_units.words(text)
 
 
 def hash_words(words: Sequence[str]) -> np.ndarray:
@@ -315,6 +336,11 @@ def jaccard_similarity(index: CorpusIndex, first: int, second: int) -> float:
 # ---------------------------------------------------------------- repeated lines
 
 
+def _is_wide(line: bytes) -> bool:
+    """Whether a line has enough text to count as repeated. No character has more columns than bytes."""
+    return len(line) >= MIN_LINE_WIDTH and (line.isascii() or text_units.text_width(line.decode()) >= MIN_LINE_WIDTH)
+
+
 def repeated_lines(index: CorpusIndex, console: Console) -> Finding:
     """The share of bytes in lines that many documents contain.
 
@@ -326,7 +352,7 @@ def repeated_lines(index: CorpusIndex, console: Console) -> Finding:
         """Each document, how often it has each line, its distinct lines, and their hashes."""
         for document, chunks in _read_documents(index, stage, console):
             lines = (line.strip() for text in chunks for line in text.encode().split(b"\n"))
-            counts = Counter(line for line in lines if len(line) >= MIN_LINE_BYTES)
+            counts = Counter(line for line in lines if _is_wide(line))
             slots = np.fromiter(map(crc32, counts), np.int64, len(counts)) % NUM_HASH_SLOTS
             yield document, counts, list(counts), slots
 
@@ -343,7 +369,7 @@ def repeated_lines(index: CorpusIndex, console: Console) -> Finding:
     repeated = {line: stats for line, stats in tracked.items() if stats[0] >= min_documents}
     byte_share = 100 * sum(size for _, size, _ in repeated.values()) / max(1, index.num_text_bytes)
     note = (
-        f"share of bytes in lines of at least {MIN_LINE_BYTES} bytes that {min_documents:,} documents or more contain"
+        f"share of bytes in lines at least {MIN_LINE_WIDTH} columns wide that {min_documents:,} documents or more contain"
         f"; {len(repeated):,} distinct lines"
     )
     examples: list[dict[str, str]] = []
@@ -408,7 +434,7 @@ def item_passages(benchmark: Benchmark, row: BenchmarkRow) -> list[list[str]]:
     text = f" {' '.join(whole)} "
     parts = [words for words in map(normalized_words, _iter_strings(row.values)) if f" {' '.join(words)} " in text]
     # A character of a script without spaces says about half as much as a word.
-    unit = 2 if any(map(_UNSPACED.fullmatch, whole)) else 1
+    unit = 1 if all(map(text_units.uses_spaces, whole)) else 2
     length = unit * min(MAX_NGRAM, max(MIN_NGRAM, max(map(len, parts), default=0) // 2 // unit))
     complete = [part for part in parts if unit * MIN_PART_WORDS <= len(part) < length]
     if unit * MIN_ITEM_WORDS <= len(whole) < length:

@@ -14,7 +14,7 @@ occur in continuations too, for languages with agreement. `delimiter` separates 
 The file is read as text only: no tag constructs an object, no alias is followed, and `no` is a word.
 """
 
-import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,10 +22,23 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
+import regex
+
 from nextword.common.errors import UsageError, import_optional
+from nextword.common.text_units import UNSPACED, WORD_CHARACTER, nfc, script_of
 from nextword.data.issues import SURROGATE, error_text, join_names
 
 MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # parsing time grows with their product
+# By script, what may stand before and after a word without a space: articles and prepositions, and Korean particles.
+_AFFIXES = {
+    "Hebrew": ("[והבכלמש]{0,3}", ""),
+    "Arabic": ("[وف]?[بكل]?(?:ال|ل)?", ""),
+    "Ethiopic": ("(?:እና)?[የበለከስ]?", ""),
+    "Hangul": (
+        "",
+        r"들?(?:[은는이가을를의에와과도만로께]|에게|에서|으로|께서|한테|처럼|보다|이다|입니다|이고|였다|이었다)?",
+    ),
+}
 YAML_TAG_PREFIX = "tag:yaml.org,2002:"
 # Tags that YAML guesses for plain values. All scalars are read as text.
 YAML_TAGS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
@@ -75,31 +88,68 @@ class GroupTemplates:
     def make_swapper(self, group_a: str, group_b: str, *, within: bool = False) -> Callable[[str], str]:
         """A function that exchanges the words of two groups in a text; with `within`, each with the next word of its own group.
 
-        It replaces whole words and keeps their case. A word of several slots (her: his, him) is replaced as in the first of
-        them.
+        It replaces whole words and keeps their case and normalization form. Words of scripts without spaces are replaced
+        wherever they occur; those of Hebrew, Arabic and Ethiopic also after prefixes, those of Korean before particles. A word
+        of several slots (her: his, him) is replaced as in the first of them.
         """
+        is_turkic = any(not {"ı", "İ"}.isdisjoint(word) for words in self.slot_words for word in words.values())
         replacements: dict[str, tuple[str, str]] = {}
         for i, words in enumerate(self.slot_words):
             other = self.slot_words[i + 1 if (i + 1) % self.num_words else i + 1 - self.num_words] if within else words
             for name, other_name in ((group_a, group_b), (group_b, group_a)):
-                source, target = words[name], other[name if within else other_name]
-                if source.strip() and source.lower() != target.lower():
-                    replacements.setdefault(source.lower(), (source, target))
+                source, target = nfc(words[name]), nfc(other[name if within else other_name])
+                if source.strip() and _fold(source, is_turkic) != _fold(target, is_turkic):
+                    replacements.setdefault(_fold(source, is_turkic), (source, target))
         if not replacements:
             return lambda text: text
-        alternatives = "|".join(map(re.escape, sorted(replacements, key=len, reverse=True)))
-        pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+        sources = {source for source, _ in replacements.values()}
+        forms = (
+            sources | {_upper(source, is_turkic) for source in sources} | {_capitalize(s, is_turkic) for s in sources}
+        )
+        alternatives = sorted(map(_word_pattern, forms), key=len, reverse=True)
+        pattern = regex.compile("|".join(alternatives), regex.V1 | regex.IGNORECASE)
 
-        def replace(match: re.Match[str]) -> str:
+        def replace(match: Any) -> str:
             word = match[0]
-            source, target = replacements.get(word.lower(), (word, word))
-            if word == source:
-                return target
-            if word.isupper() and len(word) > 1:
-                return target.upper()
-            return _capitalize(target) if word[:1].isupper() else target
+            source, target = replacements.get(_fold(word, is_turkic), (word, word))
+            if word != source and word.isupper() and len(word) > 1:
+                target = _upper(target, is_turkic)
+            elif word != source and word[:1].isupper():
+                target = _capitalize(target, is_turkic)
+            return target
 
-        return lambda text: pattern.sub(replace, text)
+        def swap(text: str) -> str:
+            composed = nfc(text)
+            swapped: str = pattern.sub(replace, composed)
+            if swapped == composed:
+                return text
+            is_nfd = text != composed and unicodedata.is_normalized("NFD", text)
+            return unicodedata.normalize("NFD", swapped) if is_nfd else swapped
+
+        return swap
+
+
+def _word_pattern(word: str) -> str:
+    """The pattern of a word that is not part of another word of its script."""
+    prefix, suffix = _AFFIXES.get(script_of(word), ("", ""))
+    before = "" if regex.match(UNSPACED, word, regex.V1) else rf"(?<=(?<!{WORD_CHARACTER}){prefix})"
+    after = r"(?!\p{M})" if regex.match(UNSPACED, word[-1], regex.V1) else rf"(?={suffix}(?!{WORD_CHARACTER}))"
+    return before + regex.escape(word) + after
+
+
+def _fold(word: str, is_turkic: bool) -> str:
+    """The key of a word whatever its case; Greek capitals have no accents."""
+    folded = word.replace("I", "ı").replace("İ", "i") if is_turkic else word
+    return _without_greek_accents(folded.casefold())
+
+
+def _upper(word: str, is_turkic: bool) -> str:
+    return _without_greek_accents((word.replace("i", "İ") if is_turkic else word).upper())
+
+
+def _without_greek_accents(word: str) -> str:
+    accents = regex.compile(r"(?<=\p{Greek})[\u0301\u0342\u0300]")
+    return nfc(accents.sub("", unicodedata.normalize("NFD", word)))
 
 
 def read_group_templates(path: Path) -> GroupTemplates:
@@ -302,5 +352,5 @@ def _expand_template(entry: _Value, filler: _TemplateFiller) -> list[TemplateSen
     return expanded
 
 
-def _capitalize(word: str) -> str:
-    return word[:1].upper() + word[1:]
+def _capitalize(word: str, is_turkic: bool = False) -> str:
+    return ("İ" if is_turkic and word[:1] == "i" else word[:1].upper()) + word[1:]

@@ -14,7 +14,24 @@ from typing import Any
 import regex
 
 # Words before a full stop that does not end a sentence. Single letters are handled separately ("e.g.", "U.S.").
-ABBREVIATIONS = {"al", "cf", "dr", "eq", "eqs", "fig", "figs", "mr", "mrs", "ms", "prof", "resp", "sec", "st", "vs"}
+ABBREVIATIONS = {
+    "al",
+    "cf",
+    "dr",
+    "eq",
+    "eqs",
+    "fig",
+    "figs",
+    "mr",
+    "mrs",
+    "ms",
+    "prof",
+    "resp",
+    "sec",
+    "st",
+    "vs",
+    "डॉ",
+}
 MAX_ABBREVIATION_CHARS = 8
 SCRIPTS = (
     "Latin Greek Cyrillic Armenian Hebrew Arabic Syriac Thaana Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada "
@@ -24,14 +41,17 @@ SCRIPTS = (
     "Tai_Tham Tai_Viet Samaritan Lisu Bamum Javanese Meetei_Mayek Batak Mandaic Chakma Miao Bassa_Vah Mende_Kikakui Mro "
     "Pahawh_Hmong Warang_Citi Adlam Osage Newa Hanifi_Rohingya Wancho Nyiakeng_Puachue_Hmong Deseret Shavian Sora_Sompeng Ahom"
 )
+GRAPHEME = r"\X\p{M}*+"  # UAX 29 separates some Burmese vowel signs from their letter
 UNSPACED = r"[\p{Line_Break=SA}\p{Han}\p{Hiragana}\p{Katakana}\u30FC]"  # SA: Thai, Lao, Khmer, Burmese, Tai Tham, …
 WORD_CHARACTER = (
     rf"[[\w\u02C2-\u02DF\u02E5-\u02FF\uA700-\uA721\uA789\uA78A]--{UNSPACED}]"  # \w contains marks and joiners
 )
 _RUN = rf"(?:[A-Za-z0-9_]|{WORD_CHARACTER})++"  # the first part is a fast path
-_WORD = rf"""{_RUN}(?:['’·‧׳״]{_RUN}|(?<=\p{{Hebrew}})"(?=\p{{Hebrew}}){_RUN})*+|(?![\x00-\x7F])(?={UNSPACED})\X"""
+_WORD = (
+    rf"""{_RUN}(?:['’·‧׳״]{_RUN}|(?<=\p{{Hebrew}})"(?=\p{{Hebrew}}){_RUN})*+|(?![\x00-\x7F])(?={UNSPACED}){GRAPHEME}"""
+)
 _WORDS = regex.compile(_WORD, regex.V1)
-_TOKENS = regex.compile(rf"{_WORD}|(?![\s\x1C-\x1F])\X", regex.V1)
+_TOKENS = regex.compile(rf"{_WORD}|(?![\s\x1C-\x1F]){GRAPHEME}", regex.V1)
 _LETTERS = regex.compile(r"\p{L}")
 _UNSPACED_LETTERS = regex.compile(rf"[\p{{L}}&&{UNSPACED}]", regex.V1)
 # A sign of Latin script needs a space and a capital after it, or a letter of a script without capitals. Burmese ၊ is a comma.
@@ -43,7 +63,7 @@ _SENTENCE_END = regex.compile(
     )""",
     regex.V1 | regex.VERBOSE,
 )
-_INITIAL = regex.compile(r"[\p{L}--\p{Hangul}]\p{M}*+", regex.V1)
+_INITIAL = regex.compile(r"[\p{Lu}\p{Ll}\p{Lt}]\p{M}*+")
 _LAST_WORD = regex.compile(r"\w*$")
 
 
@@ -54,7 +74,7 @@ def nfc(text: str) -> str:
 
 def graphemes(text: str) -> list[str]:
     """The characters that a reader sees: letters with their combining marks (UAX 29, extended grapheme clusters)."""
-    return regex.findall(r"\X", text)
+    return regex.findall(GRAPHEME, text)
 
 
 def words(text: str) -> list[str]:
