@@ -182,6 +182,15 @@ def test_a_language_is_named_where_the_script_agrees(tmp_path, monkeypatch, row)
         assert finding.name == f"documents in language {named if agrees else UNKNOWN_LANGUAGE}"
 
 
+def test_short_passages_are_no_copies(tmp_path):
+    """24 bytes are 8 Thai letters."""
+    thai, chinese = "".join(ROWS["Thai"][:2]), "".join(ROWS["Han"][:2])
+    index = index_of(tmp_path, {"a.txt": f"{thai} {chinese}"})
+    assert index.find_matches(thai) and index.find_matches(chinese)
+    assert not index.find_matches(thai[:12]) and not index.find_matches(chinese[:9])
+    assert index.find_matches(thai[:12], min_bytes=24)
+
+
 def test_labels_in_two_forms_are_one(tmp_path):
     rows = [
         {"text": f"text {i}", "label": unicodedata.normalize(form, "café")} for i, form in enumerate(("NFC", "NFD"))

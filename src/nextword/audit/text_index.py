@@ -35,6 +35,7 @@ from nextword.audit.suffix_array import (
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.text_units import text_width
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.issues import IssueLog
@@ -42,7 +43,7 @@ from nextword.data.readers import SourceFile
 from nextword.data.scan import HeldOutDocuments, SourceReader, are_unchanged, report_issues
 
 FORMAT_VERSION = 1
-MIN_MATCH_BYTES = 24  # default length from which on matches are returned
+MIN_MATCH_WIDTH = 24  # columns (`text_width`) from which on matches are returned by default
 CHUNK_BYTES = 2**20  # bytes of a document read at once
 EXCERPT_MARGIN = 64  # bytes around an excerpt in which PII is searched
 # The bytes begin … learned − 1 of a document are its training part: all, none (held out) or the first nine tenths.
@@ -158,11 +159,11 @@ class CorpusIndex:
 
     # ------------------------------------------------------------ look-ups
 
-    def find_matches(self, text: bytes | str, min_bytes: int = MIN_MATCH_BYTES) -> list[Match]:
+    def find_matches(self, text: bytes | str, min_bytes: int | None = None) -> list[Match]:
         """All maximal matches of a text: passages in the corpus that no longer passage in it covers.
 
-        Every character that is in some match of `min_bytes` or more is covered by its longest one. A passage with several
-        occurrences is returned once. Matches start and end between characters.
+        Every character that is in some match of `min_bytes` (default: `MIN_MATCH_WIDTH` columns) or more is covered by its
+        longest one. A passage with several occurrences is returned once. Matches start and end between characters.
         """
         query = Query(text)
         starts = np.flatnonzero(is_character_start(np.frombuffer(query.data, np.uint8)))
@@ -173,7 +174,10 @@ class CorpusIndex:
             lengths -= (lengths > 0) & ~is_character_start(self.text.bytes[positions + lengths])
         ends = starts + lengths
         is_maximal = ends > np.maximum.accumulate(np.append(-1, ends[:-1]))
-        kept = np.flatnonzero(is_maximal & (lengths >= max(1, min_bytes)))
+        kept = np.flatnonzero(is_maximal & (lengths >= (MIN_MATCH_WIDTH if min_bytes is None else max(1, min_bytes))))
+        if min_bytes is None:  # no character has more columns than bytes
+            parts = (query.data[starts[i] : ends[i]].decode("utf-8", "replace") for i in kept)
+            kept = kept[np.fromiter((text_width(part) >= MIN_MATCH_WIDTH for part in parts), bool, len(kept))]
         documents = self._document_ids_at(positions[kept])
         offsets = positions[kept] - self.documents["begin"][documents].astype(np.int64)
         return [Match(*row) for row in np.stack([starts[kept], ends[kept], documents, offsets], axis=1).tolist()]

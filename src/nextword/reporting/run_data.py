@@ -49,7 +49,10 @@ METRICS = {
     "pearson": MetricInfo("Pearson correlation", "the linear correlation of predictions and targets (1 is perfect)"),
     "spearman": MetricInfo("Spearman correlation", "the rank correlation of predictions and targets (1 is perfect)"),
     "chrf": MetricInfo("chrF", "the character n-gram F-score against the reference, 0 to 100"),
-    "bleu": MetricInfo("BLEU", "the n-gram precision against the reference with a brevity penalty, 0 to 100"),
+    "bleu": MetricInfo(
+        "BLEU",
+        "the n-gram precision against the reference with a brevity penalty (characters in scripts without spaces), 0 to 100",
+    ),
     "rouge1": MetricInfo("ROUGE-1", "the unigram overlap with the reference, 0 to 100"),
     "rouge2": MetricInfo("ROUGE-2", "the bigram overlap with the reference, 0 to 100"),
     "rougeL": MetricInfo("ROUGE-L", "the longest common subsequence with the reference, 0 to 100"),
