@@ -19,7 +19,7 @@ from nextword.audit.group_templates import TemplateSentence, read_group_template
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.statistics import ScoreWithCI
-from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
 from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -373,6 +373,30 @@ def test_winobias_format(random_model: LanguageModel, tmp_path: Path, capsys: py
         assert one.value == pytest.approx(100 * np.mean(np.array(pro) > np.array(anti)))
     warnings = capsys.readouterr().err.replace("\n", "")
     assert "anti_stereotyped_type2.txt.dev line 9: skipped: not a sentence of pro_stereotyped_type2.txt.dev" in warnings
+
+
+def test_text_that_the_tokenizer_loses_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Words of the groups are lost with a vocabulary of characters that has no é."""
+    tokenizer = train_char(
+        ["the nurse and the engineer said that she or he told the client would be late 0123456789.,"]
+    )
+    sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 128}
+    gpt = GPT(build_config("gpt2", vocab_size=tokenizer.vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
+    model = load(directory(tmp_path / "model", gpt, tokenizer))
+    rows = [f"she is a nurse {i}{'é' * (i < 3)},he is a nurse {i},age" for i in range(9)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["sent_more,sent_less,bias_type", *rows]) + "\n", encoding="utf-8")
+    for side, they in (("pro", "she"), ("anti", "he")):
+        lines = [f"{i} [the nurse] told the client that [{they}] would be late{'é' * (i < 3)}." for i in range(1, 10)]
+        (tmp_path / f"{side}_stereotyped_type1.txt.test").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for request, name, lost in (
+        (f"crows-pairs={tmp_path / 'pairs.csv'}", "crows", 3),
+        (f"winobias={tmp_path}", "winobias", 2),
+    ):
+        audit_benchmark(model, request, None, QUIET)
+        warnings = " ".join(capsys.readouterr().err.split())
+        assert f"cannot represent part of {lost} of 9 items" in warnings and "é" in warnings and name in warnings, (
+            warnings
+        )
 
 
 def test_bias_benchmarks_are_recognized(tmp_path: Path) -> None:

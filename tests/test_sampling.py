@@ -56,12 +56,25 @@ def test_the_defaults_are_those_of_the_generation_config(
         *(("top_p", value) for value in (0, 1.01)),
         *(("repetition_penalty", value) for value in (0, 10**9)),
         ("max_new_tokens", -1),
+        *(("do_sample", value) for value in (0, "false", [])),
     ],
 )
 def test_a_generation_config_out_of_range_is_named(key: str, value: object, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
-    name = {"max_new_tokens": "max_tokens"}.get(key, key)
-    with pytest.raises(CorruptFileError, match=rf"generation_config.json: (.*{name} must be|.*nan|.*inf)"):
+    with pytest.raises(CorruptFileError, match=rf"generation_config.json: {key} must be"):
+        read_sampling_defaults(tmp_path)
+
+
+def test_a_generation_config_of_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    digits = "9" * 5000
+    for content in ("", "[]", "null", '{"top_k": ', "\0", f'{{"top_k": {digits}}}', '{"top_p": 1e999}'):
+        path.write_text(content)
+        with pytest.raises(CorruptFileError, match=r"generation_config\.json"):
+            read_sampling_defaults(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CorruptFileError, match="not a regular file"):
         read_sampling_defaults(tmp_path)
 
 

@@ -622,6 +622,8 @@ def test_a_model_has_its_own_defaults(base: Path, tmp_path: Path, nextword: CLIR
     sampled = load(base).generate("The", temperature=1.5, max_tokens=9, seed=1)[0].text
     assert load(model).generate("The")[0].text == greedy != sampled
     assert nextword("generate", model, "The").stdout == f"The{greedy}\n"
+    used = json.loads(nextword("generate", model, "The", "--top-k", "3", "--json").stdout)["sampling"]
+    assert (used["temperature"], used["max_tokens"], used["top_k"], used["min_p"]) == (0, 9, 3, None)
     assert nextword("generate", model, "The", "--temperature", "1.5", "--seed", "1").stdout == f"The{sampled}\n"
     with running_server(model) as server:
         shown = server.get("/v1/models").json["data"][0]["nextword"]["sampling"]

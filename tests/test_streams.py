@@ -276,6 +276,18 @@ def test_a_hyphen_is_standard_input_for_texts_only(nextword: CLIRunner, base, cl
     assert not list(tmp_path.glob("*-*"))
 
 
+def test_messages_name_standard_input(nextword: CLIRunner, classifier, monkeypatch):
+    for text, code, message in (
+        ("text,label\ngood,yes\n,no\n", 0, "standard input line 3: "),
+        ("text,label\n,no\n", 1, "standard input: no example to answer"),
+        ("", 1, "standard input"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        done = nextword("predict", classifier / "run", "-")
+        assert done.returncode == code and message in done.stderr, (text, done.stderr)
+        assert "standard-input" not in done.stdout + done.stderr
+
+
 def test_no_output_overwrites_an_input(nextword: CLIRunner, classifier, base, monkeypatch):
     monkeypatch.chdir(classifier)
     table, run = classifier / "table.csv", classifier / "run"

@@ -33,7 +33,7 @@ from nextword.data.decoding import LineReader, decode_chunks
 from nextword.data.issues import IssueLog
 from nextword.data.readers import read_records
 from nextword.inference.loglikelihood import LoglikelihoodScorer
-from nextword.pipeline.item_scores import ItemScores, score_items, win_score
+from nextword.pipeline.item_scores import ItemScores, describe_lost_text, lost_text_of, score_items, win_score
 from nextword.pipeline.language_model import LanguageModel
 from nextword.tasks import metrics
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
@@ -86,6 +86,8 @@ def audit_benchmark(model: LanguageModel, request: str, limit: int | None, conso
         benchmark = find_benchmark(request)
         rows = load_rows(benchmark, issues)
         rows = [rows[i] for i in sample_indices(rows, limit or DEFAULT_ITEM_LIMIT)]
+        if lost := lost_text_of(model, benchmark, rows):
+            console.warn(lost)
         scores = score_items(model, benchmark, rows, progress=partial(console.progress, benchmark.name))
         findings = _stereotype_findings(benchmark, scores, rows)
     for line in issues.summary_lines():
@@ -96,7 +98,9 @@ def audit_benchmark(model: LanguageModel, request: str, limit: int | None, conso
 def score_texts(
     model: LanguageModel, rows: Sequence[Sequence[tuple[str, str]]], stage: str, console: Console
 ) -> list[list[float]]:
-    """The log-likelihoods, in nats, of rows of (context, continuation)."""
+    """The log-likelihoods, in nats, of rows of (context, continuation). Warns of text that the tokenizer loses."""
+    if lost := describe_lost_text(model, stage, [["".join(pair) for pair in row] for row in rows]):
+        console.warn(lost)
     scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
     scores = scorer.score_pairs(rows, partial(console.progress, stage))
     return [[score.logprob for score in row] for row in scores]

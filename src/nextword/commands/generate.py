@@ -11,7 +11,7 @@ from nextword.common.console import read_standard_input, write_result
 from nextword.common.errors import UsageError
 from nextword.common.numbers import SmallCount
 from nextword.common.options import DeviceOption, ModelArgument, PrecisionOption, argument, as_strings, option, options
-from nextword.inference.sampling_options import SamplingOptions
+from nextword.inference.sampling_options import GENERATION_CONFIG_KEYS, SamplingOptions
 
 if TYPE_CHECKING:
     from nextword.inference.engine import Completion
@@ -60,8 +60,10 @@ def format_completions(completions: "list[Completion]") -> str:
 
 def completions_to_dict(completions: "list[Completion]") -> dict[str, Any]:
     """The completions as ``--json`` prints them."""
+    used = (*GENERATION_CONFIG_KEYS.values(), "stop", "seed")
     return {
-        "completions": [{name: getattr(c, name) for name in ("prompt", "text", "finish_reason")} for c in completions]
+        "completions": [{name: getattr(c, name) for name in ("prompt", "text", "finish_reason")} for c in completions],
+        "sampling": {name: getattr(completions[0].sampling, name) for name in used},
     }
 
 

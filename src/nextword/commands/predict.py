@@ -144,9 +144,13 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
         with TemporaryDirectory() as folder:
             data = Path(folder, "standard-input")
             data.write_text(read_standard_input(), encoding="utf-8", errors="surrogateescape")
-            answers, scores = predict_table(predictor, data, config, console)
+            try:
+                answers, scores = predict_table(predictor, data, config, console, "standard input")
+            except NextwordError as error:
+                error.args = tuple(str(arg).replace(str(data), "standard input") for arg in error.args)
+                raise
     else:
-        answers, scores = predict_table(predictor, data, config, console)
+        answers, scores = predict_table(predictor, data, config, console, str(data))
     result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:
         atomic_write(config.out, format_table(answers, config.out))
@@ -158,9 +162,9 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
 
 
 def predict_table(
-    predictor: "Predictor", data: Path, config: PredictConfig, console: Console
+    predictor: "Predictor", data: Path, config: PredictConfig, console: Console, name: str
 ) -> tuple[list[dict[str, Any]], dict[str, "ScoreWithCI"]]:
-    """The rows of a table with their answers, and the scores of the answers.
+    """The rows of a table with their answers, and the scores of the answers. Warnings call the table `name`.
 
     Raises:
         NextwordError: No row could be read.
@@ -191,14 +195,14 @@ def predict_table(
         raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
     answers = predictor.predict(examples.items, issues, lambda done, total: console.progress("predicting", done, total))
     for line in issues.summary_lines():
-        console.warn(line)
+        console.warn(line.replace(str(data), name))
     scores = compute_labeled_metrics(spec, examples.items, answers)
     if unknown := unknown_labels(spec, examples.items):
         names = ", ".join(f"{name} ({count:,})" for name, count in unknown.most_common(12))
-        console.warn(f"{data}: correct answers that the model does not know, and cannot get right: {names}")
+        console.warn(f"{name}: correct answers that the model does not know, and cannot get right: {names}")
     if scores and (num_unread := len(examples.rows) - len(examples.items)):
         console.warn(
-            f"{data}: {num_unread:,} of {len(examples.rows):,} rows have no answer, and are not part of the scores"
+            f"{name}: {num_unread:,} of {len(examples.rows):,} rows have no answer, and are not part of the scores"
         )
     answer_of = {id(example): answer for example, answer in zip(examples.items, answers, strict=True)}
     has_files = len({row.path for row in examples.rows}) > 1

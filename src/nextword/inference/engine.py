@@ -85,6 +85,7 @@ class Completion:
         finish_reason: "stop" or "length", see `Event`.
         tokens: The generated token ids, with those of a stop string and without the end-of-text token.
         truncated: Number of tokens cut off the beginning of the prompt, because it was longer than the context.
+        sampling: How its tokens were sampled.
     """
 
     prompt: Prompt
@@ -92,6 +93,7 @@ class Completion:
     finish_reason: FinishReason
     tokens: list[int]
     truncated: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass
@@ -400,7 +402,7 @@ class Engine:
             if event.finish_reason:
                 finished[event.request_id] = request, event.finish_reason
         return [
-            Completion(prompt, texts[request_id], reason, request.generated, request.truncated)
+            Completion(prompt, texts[request_id], reason, request.generated, request.truncated, request.sampling)
             for prompt, (request_id, (request, reason)) in zip(prompts, sorted(finished.items()), strict=True)
         ]
 

@@ -1,6 +1,7 @@
 """Sampling parameters: their names, ranges and descriptions, and the defaults of engine, commands, server and page."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -93,14 +94,21 @@ def read_sampling_defaults(directory: Path) -> Sampling:
     As in transformers, no other parameter counts beside `do_sample: false`, which is greedy decoding.
 
     Raises:
-        CorruptFileError: a value is out of its range.
+        CorruptFileError: the file is malformed, or a value is out of its range.
     """
     file = directory / GENERATION_CONFIG
-    content: dict[str, Any] = fs.read_json_object(file, MAX_CONFIG_BYTES) if file.is_file() else {}
-    values = {name: content[key] for key, name in GENERATION_CONFIG_KEYS.items() if content.get(key) is not None}
-    if content.get("do_sample") is False:
+    content: dict[str, Any] = fs.read_json_object(file, MAX_CONFIG_BYTES) if os.path.lexists(file) else {}
+    if not isinstance(do_sample := content.get("do_sample"), bool | None):
+        raise CorruptFileError(f"{file}: do_sample must be true or false, not {do_sample!r}")
+    values: dict[str, Any] = {}
+    types = numbers.number_types(Sampling)
+    for key, name in GENERATION_CONFIG_KEYS.items():
+        if (value := content.get(key)) is not None:
+            kind, allowed, _ = types[name]
+            try:
+                values[name] = allowed.check(value, kind, f"{file}: {key}")
+            except UsageError as error:
+                raise CorruptFileError(str(error)) from error
+    if do_sample is False:
         values["temperature"] = 0.0
-    try:
-        return Sampling(**values)
-    except UsageError as error:
-        raise CorruptFileError(f"{file}: {error}") from error
+    return Sampling(**values)

@@ -137,12 +137,17 @@ def lost_text_of(model: LanguageModel, benchmark: Benchmark, rows: Sequence[Benc
     else:
         items = [loglikelihood_item(benchmark, row) for row in rows]
         texts = [["".join(request) for request in item.requests] for item in items]
+    return describe_lost_text(model, benchmark.name, texts)
+
+
+def describe_lost_text(model: LanguageModel, name: str, texts: Sequence[Sequence[str]]) -> str:
+    """What the tokenizer of a model cannot represent in the texts of each item, for the user; "" if nothing."""
     lost = ["".join(model.tokenizer.lost_text(of_item)) for of_item in texts]
     if not any(lost):
         message = model.tokenizer.form_message(list(chain.from_iterable(texts)))
-        return message and f"{benchmark.name}: {message}"
+        return message and f"{name}: {message}"
     return (
-        f"{benchmark.name}: the tokenizer cannot represent part of {sum(map(bool, lost)):,} of {len(lost):,} items, "
+        f"{name}: the tokenizer cannot represent part of {sum(map(bool, lost)):,} of {len(lost):,} items, "
         f"which are scored without it, such as {''.join(lost)[:8]!r}"
     )
 

@@ -117,7 +117,13 @@ function showDefaults(defaults) {
     const value = defaults[field.name];
     if (value === undefined || value === null) continue;
     const isChanged = field.value !== field.defaultValue;
-    const shown = field.name === "top_k" && value === 0 ? "" : String(value);
+    if (field.name === "top_k") { // an empty field leaves it to the server
+      field.placeholder = value || "off";
+      continue;
+    }
+    if (field.type === "range") field.max = Math.max(field.max, value);
+    if (field.type === "range") field.min = Math.min(field.min, value);
+    const shown = String(value);
     const changed = field.value;
     field.defaultValue = shown;
     field.value = isChanged ? changed : shown;
