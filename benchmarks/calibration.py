@@ -389,6 +389,34 @@ def label_metric(name: str, truth: Callable[[np.ndarray], float]) -> Iterator[Ca
                 )
 
 
+def label_differences() -> Iterator[Case]:
+    """Two systems of one quality, whose errors are independent given the label, and one that is better than another."""
+    for n, num_labels, accuracies in (
+        (50, 2, (0.7, 0.7)),
+        (200, 5, (0.7, 0.7)),
+        (200, 5, (0.9, 0.8)),
+        (1000, 20, (0.7, 0.7)),
+    ):
+        for name, truth in (("macro_f1", true_macro_f1), ("matthews", true_matthews)):
+            first, second = (confusion(num_labels, accuracy, "equal") for accuracy in accuracies)
+            labels = list(map(str, range(num_labels)))
+
+            def sample(rng: np.random.Generator, n: int = n, a: Any = first, b: Any = second) -> Any:
+                targets, predicted = draw_labels(rng, n, a)
+                shares = b / b.sum(1, keepdims=True)
+                other = [str(rng.choice(len(b), p=shares[int(target)])) for target in targets]
+                return [[[label] for label in values] for values in (targets, predicted, other)]
+
+            yield Case(
+                f"{name}, n = {n}, {num_labels} labels, accuracy {accuracies[0]} and {accuracies[1]}",
+                truth(first) - truth(second),
+                sample,
+                lambda sets, labels=labels, name=name: metrics.label_metric_difference(*sets, labels, name),
+                continuous=n > 200,
+                draws=0.1,
+            )
+
+
 def true_macro_f1(population: np.ndarray) -> float:
     return float((2 * np.diag(population) / (population.sum(0) + population.sum(1))).mean())
 
@@ -621,6 +649,13 @@ ROWS = [
     ),
     Row("macro-F1", EFFECTIVE, "", lambda: label_metric("macro_f1", true_macro_f1), ("statistic_of_sums",)),
     Row("Matthews correlation", EFFECTIVE, "", lambda: label_metric("matthews", true_matthews), ("statistic_of_sums",)),
+    Row(
+        "difference of macro-F1 and Matthews correlation",
+        f"{LINEARIZED}; {HALL}",
+        "",
+        label_differences,
+        ("statistic_of_sums",),
+    ),
     Row("multi-label micro-F1", EFFECTIVE, "", lambda: multilabel_scores("micro_f1")),
     Row("multi-label macro-F1", EFFECTIVE, "", lambda: multilabel_scores("macro_f1")),
     Row("multi-label exact match", "Agresti and Coull (1998)", "", lambda: multilabel_scores("exact_match")),
@@ -654,6 +689,7 @@ ROWS = [
 # The functions outside `nextword.common.statistics` that make an interval or a decision, and the rows that it belongs to. Those
 # without a row only read or pass on an interval that was made elsewhere.
 DECISION_FUNCTIONS = {"mcnemar_p_value", "noise_floor", "t_quantile"}
+LABEL_DIFFERENCE = "difference of macro-F1 and Matthews correlation"
 PROPORTION, RATIO = ("accuracy and other proportions",), ("ratios over documents",)
 CALLERS: dict[str, tuple[str, ...]] = {
     "audit.bias._audit_winobias": PROPORTION,
@@ -688,6 +724,7 @@ CALLERS: dict[str, tuple[str, ...]] = {
     "tasks.metrics.classification": (*PROPORTION, "macro-F1", "Matthews correlation"),
     "tasks.metrics.generation_metric_difference": ("difference of chrF, BLEU, ROUGE",),
     "tasks.metrics.generation_metrics": ("chrF, BLEU, ROUGE",),
+    "tasks.metrics.label_metric_difference": ("paired difference of outcomes", LABEL_DIFFERENCE),
     "tasks.metrics.multilabel": ("multi-label micro-F1", "multi-label macro-F1", "multi-label exact match"),
     "tasks.metrics.multiple_choice": PROPORTION,
     "tasks.metrics.preference": PROPORTION,

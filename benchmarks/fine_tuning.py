@@ -86,11 +86,15 @@ def baselines_of(name: str, seed: int) -> dict[str, float]:
     """Scores of the baselines on the test set, trained on the same examples as the runs of this seed."""
 
     def measure() -> dict[str, float]:
-        from nextword.pipeline.predictor import baseline_scores
+        from nextword.pipeline.predictor import baseline_predictions, compute_metrics
 
         files, data = split_files(name), SETS[name]
         task_data = load_data(name, files["train"], files["test"], 64 if QUICK else data.limit, seed)
-        baselines = baseline_scores(task_data.task_spec, task_data.train, task_data.validation)
+        systems = baseline_predictions(task_data.task_spec, task_data.train, task_data.validation)
+        baselines = {
+            name: compute_metrics(task_data.task_spec, task_data.validation, answers)
+            for name, answers in systems.items()
+        }
         return {name: scores[data.metric].value * data.scale for name, scores in baselines.items()}
 
     return cached(f"{name}-baselines-{seed}", measure)

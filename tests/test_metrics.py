@@ -34,6 +34,7 @@ from nextword.tasks.metrics import (
     distinct_n,
     generation_metric_difference,
     generation_metrics,
+    label_metric_difference,
     multilabel,
     multiple_choice,
     preference,
@@ -403,6 +404,28 @@ def test_the_difference_of_texts_is_the_difference_of_their_scores():
         assert not score.is_above(score.value) and not score.is_below(score.value)
         same = generation_metric_difference(references, a, a, name)
         assert (same.value, same.low, same.high) == (0.0, None, None)
+
+
+def test_the_difference_of_labels_is_the_difference_of_their_scores():
+    rng = np.random.default_rng(0)
+    targets, a, b = (rng.choice(["x", "y", "z"], 300).tolist() for _ in range(3))
+    a = [target if i % 3 else other for i, (target, other) in enumerate(zip(targets, a, strict=True))]
+    labels, names = ["x", "y", "z"], ["accuracy", "macro_f1", "matthews", "f1:y"]
+    first, second = (classification(targets, predicted, labels, names) for predicted in (a, b))
+    sets = [[[label] for label in values] for values in (targets, a, b)]
+    for name in names:
+        score = label_metric_difference(*sets, labels, name)
+        assert score.value == pytest.approx(first[name].value - second[name].value)
+        assert score.low is not None and score.high is not None and 0 < score.low < score.value < score.high
+        reverse = label_metric_difference(sets[0], sets[2], sets[1], labels, name)
+        assert reverse.low is not None and -reverse.low == pytest.approx(score.high)
+    rare = [[["x"]] * 297 + [["y"]] * 3, [["x"]] * 300, [["x"]] * 298 + [["y"]] * 2]
+    assert label_metric_difference(*rare, labels, "f1:y").low is None, "three examples of a label are too few"
+    pairs = [[("x", "y") if i % 2 else ("z",) for i in range(40)], [("x",)] * 40, [("x", "y")] * 40]
+    values = [multilabel(pairs[0], predicted, labels) for predicted in pairs[1:]]
+    for name in ("exact_match", "micro_f1"):
+        expected = values[0][name].value - values[1][name].value
+        assert label_metric_difference(*pairs, labels, name).value == pytest.approx(expected)
 
 
 def test_repetition():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nextword.commands.finetune import compare_with_baseline
 from nextword.reporting.report import write_card, write_report
 from test_report import (
     HOSTILE,
@@ -135,6 +136,33 @@ def test_comparison_with_the_best_baseline(tmp_path: Path, model: Any, baseline:
     run = write_task_run(tmp_path / "run", result=result)
     assert comparison in " ".join(ParsedPage(write_report(run)).text.split())
     assert comparison in write_card(run).read_text(encoding="utf-8")
+
+
+def test_the_paired_difference_from_the_best_baseline_is_shown(tmp_path: Path) -> None:
+    result = {**TASK_RESULT, "baseline_difference": {"baseline": "bag of words", **score(0.08, 0.01, 0.15)}}
+    run = write_task_run(tmp_path / "run", result=result)
+    comparison = "has 0.640: the model is better (difference 0.080 (0.010 to 0.150))."
+    assert comparison in " ".join(ParsedPage(write_report(run)).text.split())
+    assert comparison in write_card(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("difference", "line"),
+    [
+        (
+            {"value": 0.05, "low": 0.01, "high": 0.09},
+            "better than majority, the best baseline: +0.050 (+0.010 to +0.090)",
+        ),
+        ({"value": 0.05, "low": -0.01, "high": 0.11}, "+0.050 (-0.010 to +0.110), which may be chance"),
+        (
+            {"value": -0.05, "low": -0.09, "high": -0.01},
+            "worse than majority, a baseline that needs no language model: -0.050",
+        ),
+        ({"value": 0.0, "low": None, "high": None}, "no better than majority, a baseline"),
+    ],
+)
+def test_the_terminal_compares_with_the_best_baseline(difference: dict[str, Any], line: str) -> None:
+    assert line in compare_with_baseline("accuracy", {"baseline": "majority", **difference})
 
 
 def test_only_imbalanced_label_distributions_are_shown(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class FinetuneResult(shared.RunResult):
         ensemble: The scores of the model and the linear TF-IDF baseline together (predict --ensemble), and the weight of that
             baseline.
         baselines: The same of baselines that need no language model.
+        baseline_difference: By how much the model scores above the best baseline, with a paired confidence interval.
     """
 
     metric: str | None = None
@@ -82,6 +83,7 @@ class FinetuneResult(shared.RunResult):
     unfinished: dict[str, int] | None = None
     ensemble: dict[str, Any] | None = None
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
+    baseline_difference: dict[str, Any] | None = None
 
 
 def format_finetuning(result: FinetuneResult) -> str:
@@ -97,7 +99,8 @@ def format_finetuning(result: FinetuneResult) -> str:
         if result.ensemble and metric in result.ensemble["scores"]:
             score = shared.format_score(result.ensemble["scores"][metric])
             details.append(f"  ensemble with TF-IDF (predict --ensemble): {score}")
-        details += compare_with_baseline(metric, scores[metric], result.baselines or {})
+        if result.baseline_difference:
+            details.append(compare_with_baseline(metric, result.baseline_difference))
     if calibration := result.calibration:
         details.append(f"{shared.format_calibration(calibration)} (temperature {calibration['temperature']:.2f})")
     if (unfinished := result.unfinished) and unfinished["count"]:
@@ -121,26 +124,23 @@ def format_finetuning(result: FinetuneResult) -> str:
     return format_summary(result, details, "predict", *inputs)
 
 
-def compare_with_baseline(
-    metric: str, score: dict[str, Any], baselines: dict[str, dict[str, dict[str, Any]]]
-) -> list[str]:
+def compare_with_baseline(metric: str, difference: dict[str, Any]) -> str:
     """Whether the model is better than the best baseline, and what would help if it is not."""
     from nextword.tasks.metrics import LOWER_IS_BETTER_METRICS
 
-    scores = {name: values[metric] for name, values in baselines.items() if metric in values}
-    if not scores:
-        return []
-    sign = -1 if metric in LOWER_IS_BETTER_METRICS else 1
-    name = max(scores, key=lambda name: sign * scores[name]["value"])
-    best, advice = scores[name], "More pre-training, more examples or a longer context would help"
-    difference = sign * (score["value"] - best["value"])
-    bounds = [bound for entry in (score, best) for bound in (entry.get("low"), entry.get("high")) if bound is not None]
-    is_clear = len(bounds) == 4 and (bounds[0] > bounds[3] or bounds[1] < bounds[2])
-    if difference > 0:
-        return [f"better than {name}, the best baseline" + ("" if is_clear else "; the confidence intervals overlap")]
-    comparison = f"worse than {name}" if difference < 0 else f"no better than {name}"
-    overlap = "" if is_clear or difference == 0 else "; the confidence intervals overlap"
-    return [f"{comparison}, a baseline that needs no language model{overlap}. {advice}"]
+    sign, name = -1 if metric in LOWER_IS_BETTER_METRICS else 1, difference["baseline"]
+    value: float = difference["value"]
+    low: float | None = difference.get("low")
+    high: float | None = difference.get("high")
+    shown, is_clear = f"{value:+.3f}", False
+    if low is not None and high is not None:
+        shown, is_clear = f"{shown} ({low:+.3f} to {high:+.3f})", low > 0 or high < 0
+    if sign * value > 0:
+        return f"better than {name}, the best baseline: {shown}{'' if is_clear else ', which may be chance'}"
+    comparison = "worse than" if value else "no better than"
+    chance = "" if is_clear or not value else ", which may be chance"
+    advice = "More pre-training, more examples or a longer context would help"
+    return f"{comparison} {name}, a baseline that needs no language model: {shown}{chance}. {advice}"
 
 
 @command(

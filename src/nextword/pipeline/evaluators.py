@@ -31,11 +31,13 @@ from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
 from nextword.pipeline.predictor import (
     EvaluationResult,
+    Prediction,
     Predictor,
-    baseline_scores,
+    baseline_predictions,
     compute_calibration,
     compute_metrics,
     head_loss,
+    metric_difference,
 )
 from nextword.tasks.calibration import fit_temperature
 from nextword.tasks.dataset import (
@@ -50,7 +52,13 @@ from nextword.tasks.dataset import (
 )
 from nextword.tasks.examples import hash_inputs, input_texts
 from nextword.tasks.linear import LinearClassifier, combine, fit_weight
-from nextword.tasks.metrics import GENERATION_METRICS, LABEL_F1, METRIC_ALIASES, TEXT_METRICS
+from nextword.tasks.metrics import (
+    GENERATION_METRICS,
+    LABEL_F1,
+    LOWER_IS_BETTER_METRICS,
+    METRIC_ALIASES,
+    TEXT_METRICS,
+)
 from nextword.training.config import FinetuneRecipe, RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.parallel import load_weights_, to_full, unsharded
@@ -672,26 +680,43 @@ class TaskEvaluator:
             prefix = "test_" if split == "test" else ""
             metrics |= {f"{prefix}loss": result.loss, f"{prefix}bits_per_byte": result.bits_per_byte}
             scores, basis = result.scores, SELECTED_NOTHING if split == "test" else SELECTED_TOO
+            predictions = result.predictions
             if split == "validation" and limit is None and (cross_fitted := self._cross_fit()):
-                scores, basis = cross_fitted, CROSS_FITTED
+                predictions, basis = cross_fitted, CROSS_FITTED
+                scores = compute_metrics(spec, chosen, predictions, metric_names)
             metrics |= {"scores": scores_to_dict(scores), "scored_on": basis}
             metrics |= {name: score.value for name, score in scores.items() if name not in metrics}
             count = generated if spec.kind == "answer" else limit
             examples = [examples[i] for i in evenly_spaced(len(examples), count)]
-            try:
-                baselines = baseline_scores(spec, self.data.train, examples, metric_names)
-            except MissingDependencyError:  # reported during validation
-                baselines = {}
+            systems = baseline_predictions(spec, self.data.train, examples)
             if (linear := self._fit_linear(on_validation, limit)) is not None:
                 texts = [input_texts(spec.task, example)[0] for example in examples]
                 probabilities = linear[0].probabilities(texts)
                 pooled = combine(np.array(result.logits), probabilities, linear[1])
-                baselines["TF-IDF"], scores = (
-                    compute_metrics(spec, examples, [{"label": spec.labels[i]} for i in table.argmax(1)], metric_names)
-                    for table in (probabilities, pooled)
-                )
-                metrics["ensemble"] = {"weight": linear[1], "scores": scores_to_dict(scores)}
-            metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
+
+                def most_likely(table: np.ndarray) -> list[Prediction]:
+                    return [{"label": label} for label in np.array(spec.labels)[table.argmax(1)].tolist()]
+
+                systems["TF-IDF"] = most_likely(probabilities)
+                ensemble = compute_metrics(spec, examples, most_likely(pooled), metric_names)
+                metrics["ensemble"] = {"weight": linear[1], "scores": scores_to_dict(ensemble)}
+            try:
+                baselines = {
+                    name: compute_metrics(spec, examples, answers, metric_names) for name, answers in systems.items()
+                }
+            except MissingDependencyError:  # reported during validation
+                baselines = {}
+            metrics["baselines"] = {name: scores_to_dict(values) for name, values in baselines.items()}
+            values = {name: entry[self.metric].value for name, entry in baselines.items() if self.metric in entry}
+            if self.metric in scores and values:
+                sign = -1 if self.metric in LOWER_IS_BETTER_METRICS else 1
+                best = max(values, key=lambda name: sign * values[name])
+                difference = metric_difference(spec, examples, predictions, systems[best], self.metric)
+                metrics["baseline_difference"] = {
+                    "baseline": best,
+                    "value": scores[self.metric].value - values[best],
+                    **({} if difference is None else difference.to_dict()),
+                }
             if spec.kind == "preference":
                 metrics["before"] = scores_to_dict(self._evaluate_base(split).scores)
             elif spec.task == "chat":
@@ -726,11 +751,11 @@ class TaskEvaluator:
         classifier.save(self.run.run_dir.linear_dir, weight)
         return classifier, weight
 
-    def _cross_fit(self) -> dict[str, ScoreWithCI]:
-        """The scores of the cross-fitted predictions for the validation set.
+    def _cross_fit(self) -> list[Prediction]:
+        """The cross-fitted predictions for the validation set.
 
         Returns:
-            The scores; empty if not all validations were on the whole validation set, or there are too few examples.
+            The predictions; empty if not all validations were on the whole validation set, or there are too few examples.
         """
         records = self.run.run_dir.read_metrics()
         evaluations = [record["predictions"] for record in records if "predictions" in record]
@@ -738,7 +763,7 @@ class TaskEvaluator:
         losses = [values.get("calibrated_loss", values["loss"]) for values in validations]
         folds = np.array([hash_inputs(self.spec.task, example) % NUM_FOLDS for example in self.validation])
         if not evaluations or len(evaluations) < len(validations) or len(np.unique(folds)) < NUM_FOLDS:
-            return {}
+            return []
         field = TASK_KINDS[self.spec.kind].prediction_field
 
         def compute(predictions: Sequence[Any], indices: Sequence[int]) -> dict[str, ScoreWithCI]:
@@ -753,8 +778,7 @@ class TaskEvaluator:
                 best.update(i, score, loss, self._standard_error(scores))
             return best.step
 
-        predictions = cross_fitted(evaluations, folds, select)
-        return compute(predictions, range(len(folds)))
+        return [{field: value} for value in cross_fitted(evaluations, folds, select)]
 
     def _evaluate_base(self, split: Literal["validation", "test"], limit: int | None = None) -> EvaluationResult:
         """Evaluate the model that the run started from, on all or some examples."""

@@ -330,7 +330,14 @@ def compute_metrics(
         if kind == "labels":
             return task_metrics.multilabel(targets, predicted, task_spec.labels)
         return (task_metrics.similarity if kind == "score" else task_metrics.multiple_choice)(targets, predicted)
-    # A source with several references is answered once and counts once.
+    names = [name for name in dict.fromkeys(metrics) if name in task_metrics.TEXT_METRICS]
+    return task_metrics.generation_metrics(*_answers_by_source(task_spec, examples, predicted), names)
+
+
+def _answers_by_source(
+    task_spec: TaskSpec, examples: Sequence[Example], predicted: Sequence[str]
+) -> tuple[list[list[str]], list[str]]:
+    """The references and the answer of each source: one with several references is answered once and counts once."""
     references: dict[tuple[str, ...], list[str]] = {}
     texts: dict[tuple[str, ...], str] = {}
     for example, text in zip(examples, predicted, strict=True):
@@ -339,8 +346,28 @@ def compute_metrics(
         reference = example.fields["messages"][-1]["content"] if is_chat else example.fields["completion"]
         references.setdefault(source, []).append(reference)
         texts[source] = text
-    names = [name for name in dict.fromkeys(metrics) if name in task_metrics.TEXT_METRICS]
-    return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), names)
+    return [references[source] for source in texts], list(texts.values())
+
+
+def metric_difference(
+    task_spec: TaskSpec, examples: Sequence[Example], a: Sequence[Prediction], b: Sequence[Prediction], metric: str
+) -> ScoreWithCI | None:
+    """By how much predictions a score above predictions b; None for a metric without a paired interval."""
+    kind = task_spec.kind
+    first, second = ([prediction[TASK_KINDS[kind].prediction_field] for prediction in system] for system in (a, b))
+    if kind == "answer" and metric in task_metrics.GENERATION_METRICS:
+        references, texts = _answers_by_source(task_spec, examples, first)
+        return task_metrics.generation_metric_difference(
+            references, texts, _answers_by_source(task_spec, examples, second)[1], metric
+        )
+    if kind not in ("label", "labels", "choice"):
+        return None
+    targets = [example.fields[TASK_KINDS[kind].target_field] for example in examples]
+    if kind == "labels":
+        return task_metrics.label_metric_difference(targets, first, second, task_spec.labels, metric)
+    labels = task_spec.labels if kind == "label" else sorted({*targets, *first, *second})
+    sets = [[[label] for label in values] for values in (targets, first, second)]
+    return task_metrics.label_metric_difference(sets[0], sets[1], sets[2], labels, metric)
 
 
 def compute_calibration(
@@ -447,14 +474,3 @@ def baseline_predictions(
     return {
         name: [{TASK_KINDS[kind].prediction_field: value} for value in values] for name, values in predicted.items()
     }
-
-
-def baseline_scores(
-    task_spec: TaskSpec,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
-) -> dict[str, dict[str, ScoreWithCI]]:
-    """The metrics of each baseline by name."""
-    predictions = baseline_predictions(task_spec, train, test)
-    return {name: compute_metrics(task_spec, test, values, metrics) for name, values in predictions.items()}

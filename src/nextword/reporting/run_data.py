@@ -277,11 +277,13 @@ class TaskResults:
         metric: The selection metric of the run, or another one if that is unknown.
         by_system: System (this model, base model, each baseline) → scores by metric.
         is_final: Whether the scores come from the final evaluation; otherwise they are the best values so far.
+        baseline_difference: By how much the score is above that of the best baseline, with a paired confidence interval.
     """
 
     metric: str
     by_system: dict[str, dict[str, ScoreWithCI]]
     is_final: bool
+    baseline_difference: ScoreWithCI | None = None
 
     @classmethod
     def from_run(cls, run: RunData) -> "TaskResults":
@@ -304,7 +306,13 @@ class TaskResults:
         by_system |= {str(name): parse_metrics(values) for name, values in baselines.items()}
         candidates = (run.result.get("metric"), run.get("metric"), "bits_per_byte", "loss")
         metric = next((name for name in candidates if isinstance(name, str) and name in scores), "loss")
-        return cls(metric, {system: found for system, found in by_system.items() if found}, bool(run.result))
+        difference = parse_score(run.result.get("baseline_difference"))
+        return cls(
+            metric,
+            {system: found for system, found in by_system.items() if found},
+            bool(run.result),
+            difference if difference and difference.low is not None else None,
+        )
 
     @property
     def info(self) -> MetricInfo:

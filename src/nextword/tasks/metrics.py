@@ -20,6 +20,7 @@ from nextword.common.statistics import (
     MIN_UNITS,
     ScoreWithCI,
     check_lengths,
+    paired_difference,
     proportion,
     require_finite,
     statistic_of_sums,
@@ -147,6 +148,42 @@ def _label_scores(is_target: np.ndarray, is_predicted: np.ndarray) -> tuple[Call
         return result if num_examples >= MIN_EXAMPLES_PER_LABEL else ScoreWithCI(result.value, n=result.n)
 
     return score, supports[supports > 0] if len(label) else np.zeros(1)
+
+
+def label_metric_difference(
+    targets: Sequence[Collection[str]],
+    a: Sequence[Collection[str]],
+    b: Sequence[Collection[str]],
+    labels: Sequence[str],
+    metric_name: str,
+) -> ScoreWithCI:
+    """By how much the label sets a score above the label sets b of the same examples, with a paired interval.
+
+    Args:
+        targets: The labels of each example; a set of one in single-label classification.
+        a: The predictions of one system.
+        b: The predictions of another one.
+        labels: All labels.
+        metric_name: `accuracy` and `exact_match`, which are the same here, `micro_f1`, `macro_f1`, `matthews` or `f1:LABEL`.
+
+    Raises:
+        UsageError: As in `classification`.
+    """
+    check_lengths(targets, a, b)
+    is_target, *systems = (_multi_hot(label_sets, labels) for label_sets in (targets, a, b))
+    if metric_name in ("accuracy", "exact_match"):
+        return paired_difference(*(np.all(is_target == predicted, axis=1).tolist() for predicted in systems))
+    index = labels.index(metric_name.removeprefix(LABEL_F1)) if metric_name.startswith(LABEL_F1) else 0
+    statistics = {"micro_f1": _micro_f1, "macro_f1": _macro_f1, "matthews": _matthews}
+    statistic = statistics.get(metric_name, partial(_label_f1, label=index))
+    columns = [part for predicted in systems for part in (is_target & predicted, is_target, predicted)]
+    width = 3 * len(labels)
+    difference = statistic_of_sums(
+        np.hstack(columns), lambda sums: statistic(sums[:, :width]) - statistic(sums[:, width:])
+    )
+    supports = is_target.sum(0)
+    least = supports[index] if metric_name.startswith(LABEL_F1) else np.quantile(supports[supports > 0], 0.1)
+    return difference if least >= MIN_EXAMPLES_PER_LABEL else ScoreWithCI(difference.value, n=difference.n)
 
 
 def similarity(targets: Sequence[float], predictions: Sequence[float]) -> dict[str, ScoreWithCI]:
