@@ -20,6 +20,8 @@ from nextword.training.losses import DeviceBatch, causal_lm_loss, distillation_l
 SETTINGS = {
     "steps": 12,
     "seed": 3,
+    "vocab_size": 400,
+    "normalize": "nfc",
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},
     "training": {"lr": 0.01, "evaluations": 2, "save_every": 4, "batch_tokens": 512, "compile": "no"},
 }
@@ -52,9 +54,9 @@ def test_the_distillation_loss_equals_its_formula():
 
 
 @pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("members") / "run"
-    nextword.pretrain(shards, path, members=2, keep_members=True, **SETTINGS)
+    nextword.pretrain(texts, path, members=2, keep_members=True, **SETTINGS)
     return path
 
 
@@ -70,7 +72,7 @@ def test_the_run_reports_its_members(run: Path):
 
 
 @pytest.mark.parametrize("interruption", ["before the second member", "after the members", "during the distillation"])
-def test_interrupted_and_resumed_equals_uninterrupted(run: Path, shards: Path, tmp_path: Path, interruption: str):
+def test_interrupted_and_resumed_equals_uninterrupted(run: Path, texts: Path, tmp_path: Path, interruption: str):
     cut = tmp_path / "run"
     if interruption == "during the distillation":
         shutil.copytree(run, cut, ignore=shutil.ignore_patterns("result.json", "report.html", "README.md", "step-*12"))
@@ -79,7 +81,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run: Path, shards: Path, t
         names = ("1",) if interruption == "before the second member" else ("1", "2")
         for name in names:
             shutil.copytree(run / "members" / name, cut / "members" / name)
-    result = nextword.pretrain(shards, cut, members=2, resume=True, **SETTINGS)
+    result = nextword.pretrain(texts, cut, members=2, resume=True, **SETTINGS)
     assert weights_digest(cut) == weights_digest(run)
     assert result.members == read_sealed_json(run / "result.json")["members"]
     assert not (cut / "members").exists()  # they are kept only by request
@@ -100,8 +102,8 @@ def test_a_budget_is_divided_between_members_and_student():
     assert (Recipe("default").step_cost, Recipe("default").member_share) == (1.0, 1.0)
 
 
-def test_options_that_members_do_not_support(shards: Path, tmp_path: Path):
+def test_options_that_members_do_not_support(texts: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="--members cannot be combined with --mirror"):
-        nextword.pretrain(shards, tmp_path / "a", members=2, mirror=str(tmp_path / "mirror"), **SETTINGS)
+        nextword.pretrain(texts, tmp_path / "a", members=2, mirror=str(tmp_path / "mirror"), **SETTINGS)
     with pytest.raises(UsageError, match="--keep-members needs --members"):
-        nextword.pretrain(shards, tmp_path / "b", keep_members=True, **SETTINGS)
+        nextword.pretrain(texts, tmp_path / "b", keep_members=True, **SETTINGS)

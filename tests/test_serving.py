@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import builtins
+import itertools
 import json
 import re
 import shutil
 import struct
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from conftest import CLIRunner
 from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError
 from nextword.common.fs import MANIFEST
-from nextword.data.tokenizer import EOS_TOKEN, train_bpe
+from nextword.data.tokenizer import BYTE_CHARS, EOS_TOKEN, normalized, train_bpe
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.pipeline.language_model import LanguageModel, load
@@ -631,6 +633,27 @@ def test_a_model_has_its_own_defaults(base: Path, tmp_path: Path, nextword: CLIR
         assert server.complete("The", max_tokens=9)["choices"][0]["text"] == greedy
         given = {"max_tokens": 9, "temperature": 1.5, "seed": 1}
         assert server.complete("The", **given)["choices"][0]["text"] == sampled
+
+
+def test_offsets_are_those_of_the_text_that_the_model_reads(tmp_path: Path) -> None:
+    """Of a prompt in NFD for a tokenizer that normalizes to NFC, and of a character that begins in the prompt."""
+    tokenizer = normalized(train_bpe(["The café is déjà là. "] * 9, 300), to_nfc=True)
+    ids = [tokenizer.convert_tokens_to_ids([BYTE_CHARS[byte]])[0] for byte in (*"€".encode(), ord("x"))]
+    biases = {str(id): bias for id, bias in zip(ids[1:], (90, 80, 70), strict=True)}
+    body = {"max_tokens": 3, "logprobs": 0, "logit_bias": biases, "frequency_penalty": 20, "temperature": 0}
+    with running_server(make_model_dir(tmp_path / "model", tokenizer)) as server:
+        for prompt, echo, text, offsets in (
+            (unicodedata.normalize("NFD", "é"), False, "xxx", [0, 1, 2]),
+            (unicodedata.normalize("NFD", "é"), True, "éxxx", [0, 1, 2, 3]),
+            (ids[:1], False, "€x", [0, 0, 1]),
+            (ids[:1], True, "\ufffd€x", [0, 1, 1, 2]),
+        ):
+            request = {"prompt": prompt, "echo": echo, **body}
+            [choice] = server.complete(**request)["choices"]
+            assert (choice["text"], choice["logprobs"]["text_offset"]) == (text, offsets)
+            events = server.post("/v1/completions", {**request, "stream": True}).sse_events
+            parts = [part["logprobs"]["text_offset"] for event in events for part in event["choices"]]
+            assert list(itertools.chain(*parts)) == offsets
 
 
 def test_lone_surrogates_are_rejected(server: ServerProcess) -> None:

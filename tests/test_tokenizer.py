@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
@@ -238,7 +238,11 @@ def test_a_tokenizer_that_normalizes_gives_both_forms_the_same_ids(make, tmp_pat
         other = unicodedata.normalize("NFD", text)
         assert tokenizer.encode(other) == again.encode(other) == stock.encode(other) == tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(other)) == text == tokenizer.normalize(other)
-        assert tokenizer.lost_text([text]) == [""]
+        assert tokenizer.lost_text([text, other]) == ["", ""]
+    tokenizer.backend.normalizer = normalizers.Sequence([normalizers.NFC()])
+    assert Tokenizer(tokenizer.backend, tokenizer.config).normalization == "nfc"
+    tokenizer.backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    assert Tokenizer(tokenizer.backend, tokenizer.config).normalization == "none"
 
 
 def test_errors_of_the_texts_are_raised_by_training():

@@ -85,6 +85,7 @@ def train_members(
             text_column=None,
             tokenizer=None,
             vocab_size=None,
+            normalize=None,
             budget=None if directory.exists else budget,
             members=None,
             keep_members=False,

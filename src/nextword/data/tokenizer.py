@@ -147,7 +147,7 @@ class Tokenizer:
         end_of_turn_id = self.special_tokens.get(END_OF_TURN_TOKEN, self.eos_id)
         self.eos_ids = frozenset({self.eos_id, end_of_turn_id, *eos_ids})
         self.kind, self._bytes_by_id = _detect_kind_and_bytes(backend, vocabulary)
-        is_nfc = self.kind != "foreign" and isinstance(backend.normalizer, normalizers.NFC)
+        is_nfc = self.kind != "foreign" and _is_nfc(backend.normalizer)
         self.normalization: Normalization = "nfc" if is_nfc else "none"
         self._keeps_characters = self.kind != "foreign" and _keeps_all_characters(backend, self.kind)
 
@@ -274,6 +274,10 @@ class Tokenizer:
                 broken[id] = True
         return broken
 
+    def incomplete_end(self, ids: Sequence[int]) -> bytes:
+        """The first bytes of a character at the end of tokens of a byte-level vocabulary; b"" with another one."""
+        return incomplete_character(self.decode_bytes(ids[-4:])) if self.kind == "bpe" else b""
+
     def continues_text(self, incomplete: bytes, id: int) -> bool:
         """Whether text goes on with a token of a byte-level vocabulary, after the first bytes of a character."""
         return begins_text(incomplete + self.token_bytes(id)) if self.is_broken[id] else not incomplete
@@ -290,6 +294,7 @@ class Tokenizer:
 
         A space before a token counts with the token, since decoders put it back.
         """
+        texts = [self.normalize(text) for text in texts]
         if self._keeps_characters:
             known = None if self.kind == "bpe" else self._vocabulary.keys()
             return ["" if known is None or known >= set(t) else "".join(c for c in t if c not in known) for t in texts]
@@ -481,6 +486,12 @@ def _detect_kind_and_bytes(backend: tokenizers.Tokenizer, vocabulary: dict[str, 
         elif not added.get(token, False):
             bytes_by_id[id] = token.encode()
     return "bpe" if is_bpe else "char", bytes_by_id
+
+
+def _is_nfc(normalizer: normalizers.Normalizer | None) -> bool:
+    """Whether a normalizer does nothing but normalize to NFC."""
+    steps = b"" if normalizer is None else normalizer.__getstate__()
+    return set(re.findall(rb'"type":"(\w+)"', steps)) - {b"Sequence"} == {b"NFC"}
 
 
 def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:

@@ -221,9 +221,7 @@ class Engine:
             constraint=constraint,
             truncated=len(ids) - len(window_ids),
             read_offset=len(window_ids),
-            incomplete=incomplete_character(self.tokenizer.decode_bytes(window_ids[-4:]))
-            if self.is_byte_level
-            else b"",
+            incomplete=self.tokenizer.incomplete_end(window_ids),
         )
         request.detokenizer.decoder.setstate((request.incomplete, 0))
         self.waiting.append(request)

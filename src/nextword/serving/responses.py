@@ -60,6 +60,8 @@ class SequenceState:
         self.token_bytes, self.stop_token_ids = service.token_bytes, service.chat_encoder.stop_token_ids
         self.prompt = prompt
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.prompt_end = service.model.tokenizer.incomplete_end(prompt), 0  # the state of the decoder after the prompt
+        self.decoder.setstate(self.prompt_end)
         self.offset = self.emitted_offset = 0  # characters generated, and emitted
         self.pending: list[LogprobEntry] = []
         self.num_tokens, self.total_logprob = 0, 0.0
@@ -77,10 +79,11 @@ class SequenceState:
             raise APIError(400 if event.is_usage_error else 500, event.error or "the engine failed")
         entries: list[LogprobEntry] = []
         if event.prompt_logprobs is not None:
+            self.decoder.reset()
             for token_id, token_logprob in zip(self.prompt, event.prompt_logprobs, strict=True):
                 self._append_token(token_id, token_logprob)
             self.offset += len(self.decoder.decode(b"", final=True))
-            self.decoder.reset()
+            self.decoder.setstate(self.prompt_end)
             entries, self.pending, self.emitted_offset = self.pending, [], self.offset
         if event.token is not None:
             self.num_tokens += 1

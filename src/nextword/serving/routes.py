@@ -101,7 +101,9 @@ async def completions(body: protocol.CompletionRequest, request: Request, servic
             num_prompts=len(ids),
             num_choices=n,
             echoed_prompts=[
-                prompt if isinstance(prompt, str) and truncate_to is None else tokenizer.decode(prompt_ids)
+                tokenizer.normalize(prompt)
+                if isinstance(prompt, str) and truncate_to is None
+                else tokenizer.decode(prompt_ids)
                 for prompt, prompt_ids in zip(prompts, ids, strict=True)
                 for _ in range(samples_per_prompt)
                 if body.echo
