@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.data.tokenizer import BYTE_CHARS, Tokenizer, train_bpe, train_char
 from nextword.inference.constrained import ConstraintCompiler, JSONConstraint
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
@@ -181,3 +181,21 @@ def test_token_bytes_are_what_tokens_add_to_a_text(kind: str) -> None:
     ids = tokenizer.encode(text)
     assert b"".join(tokenizer.token_bytes(id) for id in ids).decode() == text
     assert all(tokenizer.token_bytes(id) == b"" for id in tokenizer.special_tokens.values())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "foreign"])
+def test_a_character_that_begins_in_the_prompt(kind: str) -> None:
+    """Free text completes it; constrained text begins anew."""
+    tokenizer = KINDS[kind]
+    names = [BYTE_CHARS[byte] if kind == "bpe" else f"<0x{byte:02X}>" for byte in "€".encode()]
+    first, second, third, letter = tokenizer.convert_tokens_to_ids([*names, "a"])
+    sampling = Sampling(
+        temperature=0, max_tokens=3, logit_bias={second: 90, third: 80, letter: 70}, frequency_penalty=50
+    )
+    engine = Engine(tiny(tokenizer, context_length=64), tokenizer)
+    assert engine.generate([[letter, first]], sampling)[0].text == "€a"
+    engine.add_request([letter, first], Sampling(), constraint=GRAMMARS[kind].compile_json_schema({"const": "a"}))
+    events = []
+    while engine.has_unfinished_requests:
+        events += engine.step()
+    assert "".join(event.text for event in events) == '"a"'

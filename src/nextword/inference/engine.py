@@ -221,7 +221,8 @@ class Engine:
             constraint=constraint,
             truncated=len(ids) - len(window_ids),
             read_offset=len(window_ids),
-            incomplete=self.tokenizer.incomplete_end(window_ids),
+            # A constraint begins a text of its own.
+            incomplete=self.tokenizer.incomplete_end(window_ids) if constraint is None else b"",
         )
         request.detokenizer.decoder.setstate((request.incomplete, 0))
         self.waiting.append(request)
@@ -361,7 +362,8 @@ class Engine:
             text = self.tokenizer.decode(request.tokens[request.prefix_offset :])
             if text.endswith("\ufffd") and not is_last:
                 return b""
-            data = text[len(prefix_text) :].rstrip("\ufffd").encode()
+            # A character that begins in the prefix is U+FFFD there.
+            data = text[common_prefix_length(prefix_text, text) :].rstrip("\ufffd").encode()
             if self.tokenizer.decode(request.tokens[request.read_offset :]):  # special tokens alone are no context
                 request.prefix_offset = request.read_offset
         request.read_offset = len(request.tokens)

@@ -102,8 +102,8 @@ class KeyValueCache:
         self.keys, self.values = (F.pad(cached.to(like), padding) for cached in (self.keys, self.values))
 
 
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens at the beginning of two sequences that are equal."""
+def common_prefix_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """Number of tokens or characters at the beginning of two sequences that are equal."""
     length = min(len(a), len(b))
     if a[:length] == b[:length]:
         return length

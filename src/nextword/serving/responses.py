@@ -56,11 +56,12 @@ class SequenceState:
     back with its characters.
     """
 
-    def __init__(self, service: Service, prompt: Sequence[int]):
+    def __init__(self, service: Service, request: GenerationRequest):
         self.token_bytes, self.stop_token_ids = service.token_bytes, service.chat_encoder.stop_token_ids
-        self.prompt = prompt
+        self.prompt = request.prompt
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.prompt_end = service.model.tokenizer.incomplete_end(prompt), 0  # the state of the decoder after the prompt
+        incomplete = b"" if request.constraint else service.model.tokenizer.incomplete_end(request.prompt)
+        self.prompt_end = incomplete, 0  # the state of the decoder after the prompt
         self.decoder.setstate(self.prompt_end)
         self.offset = self.emitted_offset = 0  # characters generated, and emitted
         self.pending: list[LogprobEntry] = []
@@ -136,7 +137,7 @@ class CompletionWriter:
         self.service, self.handle, self.requests = service, handle, requests
         self.num_logprobs, self.num_choices, self.echoed_prompts = num_logprobs, num_choices, echoed_prompts
         self.samples_per_prompt = len(requests) // num_prompts
-        self.sequences = [SequenceState(service, request.prompt) for request in requests]
+        self.sequences = [SequenceState(service, request) for request in requests]
         self.headers: dict[str, str] = {}
         self.extra_fields: dict[str, Any] = {}  # of every object
         self.common_fields: dict[str, Any] = {
