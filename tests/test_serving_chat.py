@@ -5,9 +5,11 @@ hold up the server. And what else belongs to a kind of model: fine-tuned ones, a
 import asyncio
 import codecs
 import json
+import shutil
 import subprocess
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 import nextword
+from nextword.commands import cli
 from nextword.common import native_build
 from nextword.common.errors import CorruptFileError
+from nextword.common.fs import read_manifest, write_manifest
 from nextword.common.limited_process import worker_command
 from nextword.data.chat_format import (
     CHAT_SPECIAL_TOKENS,
@@ -27,7 +31,8 @@ from nextword.data.chat_format import (
     max_prompt_tokens,
     save_chat_template,
 )
-from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
+from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, FORM_KEY, Tokenizer, train_bpe
+from nextword.pipeline.evaluators import selection_metric
 from nextword.pipeline.language_model import load
 from nextword.serving import chat_templates, limited_process, limited_worker
 from nextword.serving.chat_templates import JinjaChatEncoder, NativeChatEncoder, PlainChatEncoder, make_chat_encoder
@@ -315,7 +320,7 @@ def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
 @pytest.fixture(scope="module")
 def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
-    rows = [f"{text},{label}" for text, label in [("good and fine", "yes"), ("bad and poor", "no")] * 20]
+    rows = [f"{text},{label}" for text, label in [("good and fine", "sí"), ("bad and poor", "no")] * 20]
     (folder / "data.csv").write_text("\n".join(["text,label", *(f"{i} {row}" for i, row in enumerate(rows))]))
     nextword.finetune(base, folder / "data.csv", folder / "run", task="classify", steps=4)
     return folder / "run"
@@ -326,7 +331,7 @@ def test_a_fine_tuned_model_classifies(tuned: Path) -> None:
     expected = [load(tuned).predict(text) for text in texts]
     with running_server(tuned) as server:
         facts = server.get("/v1/models").json["data"][0]["nextword"]
-        assert (facts["task"], facts["labels"]) == ("classify", ["no", "yes"])
+        assert (facts["task"], facts["labels"]) == ("classify", ["no", "sí"])
         data = server.post("/v1/classify", {"input": texts}).json["data"]
         assert [one["index"] for one in data] == [0, 1, 2]
         for one, other in zip(data, expected, strict=True):
@@ -338,6 +343,24 @@ def test_a_fine_tuned_model_classifies(tuned: Path) -> None:
             assert server.post("/v1/classify", wrong).status == 400
         long = server.post("/v1/classify", {"input": ["x", "good " * 100]})
         assert long.status == 400 and long.error["code"] == "context_length_exceeded"
+
+
+def test_a_text_in_another_normalization_form_is_answered(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a warning where there is room for one: nothing of it is cut off. A label is the same in every form."""
+    model = shutil.copytree(tuned / "model", tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, FORM_KEY: "NFD"}))
+    write_manifest(model, {"task": read_manifest(model)["task"]})
+    with running_server(model) as server:
+        [answer] = server.post("/v1/classify", {"input": "café"}).json["data"]
+    assert cli.run(["predict", str(model), "café"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["label"] == answer["label"] and "not that of the training text (NFD)" in shown.err
+    explained = nextword.explain(model, "café", label=unicodedata.normalize("NFD", "sí"))
+    assert explained.leaning["target"] == "sí" and "(NFD)" in explained.notes[0] and len(explained.notes) == 1
+    assert selection_metric(load(model).predictor.task_spec, False, unicodedata.normalize("NFD", "f1:sí")) == "f1:sí"
 
 
 # ---------------------------------------------------------------- several sequences per request

@@ -14,6 +14,7 @@ from nextword.common.command_result import Result
 from nextword.common.console import Console, StandardError, read_standard_input, to_json_line, write_result
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
+from nextword.data.issues import IssueLog
 
 if TYPE_CHECKING:
     from nextword.common.statistics import ScoreWithCI
@@ -139,7 +140,10 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     loaded, console = load(config.model, config.device), context.console
     predictor = loaded.build_predictor(config.ensemble, config.windows)
     if data is None:
-        answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)]), {}
+        issues = IssueLog()
+        answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)], issues), {}
+        for issue in issues.issues:
+            console.warn(issue.what)
     elif str(data) == STDIN:
         with TemporaryDirectory() as folder:
             data = Path(folder, "standard-input")
@@ -169,7 +173,6 @@ def predict_table(
     Raises:
         NextwordError: No row could be read.
     """
-    from nextword.data.issues import IssueLog
     from nextword.data.table_writer import to_plain_value
     from nextword.pipeline.predictor import compute_labeled_metrics, unknown_labels
     from nextword.tasks.examples import read_examples

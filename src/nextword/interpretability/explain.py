@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import read_json
+from nextword.common.text_units import nfc
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.interpretability.activations import capture, head_patterns, logit_lens, max_explained_tokens
@@ -76,6 +77,8 @@ def explain(
     """
     model_input = prepare_input(model, texts, label)
     input_ids, notes, config = model_input.input_ids, list(model_input.notes), model.gpt.config
+    if message := model.tokenizer.form_message([*texts, word or ""]):
+        notes.append(f"{message[:1].upper()}{message[1:]}.")
     activations, predicts_tokens = capture(model.gpt, input_ids), has_lm_head(model)
     word_ids: list[int] = []
     if model_input.output_names:
@@ -261,10 +264,12 @@ def _prepare_example(
     """An example of a task with a head, and the prediction for it."""
     example, issues = example_from_texts(task_spec.task, texts), IssueLog()
     if model.task_spec is None:  # the head of a transformers class reads the last token of the plain text
-        token_ids = np.array(_encode_plain_text(model.tokenizer, texts[0])[:max_tokens])
+        full = _encode_plain_text(model.tokenizer, texts[0])
+        token_ids, is_cut = np.array(full[:max_tokens]), len(full) > max_tokens
         encoded = EncodedExample((TokenSequence(token_ids, token_ids >= 0),))
     else:
-        encoded = ExampleEncoder(task_spec, model.tokenizer, max_tokens).encode(example, issues, with_target=False)
+        encoder = ExampleEncoder(task_spec, model.tokenizer, max_tokens)
+        encoded, is_cut = encoder.encode(example, issues, with_target=False), bool(encoder.cut_counts)
         if encoded is None:
             raise UsageError(f"this example is not usable: {issues.issues[-1]}")
     predictor = Predictor(model.gpt, model.tokenizer, task_spec)
@@ -273,10 +278,11 @@ def _prepare_example(
     is_choice = task_spec.kind == "choice"
     output_names = task_spec.output_names
     options = [str(i) for i in range(len(logits))] if is_choice else list(output_names)
-    if label is not None and label not in options:
+    known = list(map(nfc, options))
+    if label is not None and nfc(label) not in known:
         raise UsageError(f"--label {label!r}: this model has {', '.join(options)}")
-    target = int(logits.argmax()) if label is None else options.index(label)
-    notes = [f"The text is truncated to {max_tokens:,} tokens."] if issues.issues else []
+    target = int(logits.argmax()) if label is None else known.index(nfc(label))
+    notes = [f"The text is truncated to {max_tokens:,} tokens."] if is_cut else []
     if task_spec.task == "similarity":
         notes.append("The score is the sum over both orders of the texts; the given order is explained.")
     if is_choice:

@@ -16,6 +16,7 @@ import torch
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import build_directory, read_manifest, verify_manifest, write_manifest
 from nextword.common.statistics import ScoreWithCI, t_quantile
+from nextword.common.text_units import nfc
 from nextword.data.chat_format import save_chat_template
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset, derive_seed
@@ -412,7 +413,7 @@ def selection_metric(spec: TaskSpec, is_balanced: bool, name: str | None = None)
         if spec.task == "chat":
             return "bits_per_byte"
         return "macro_f1" if is_balanced else TASK_KINDS[spec.kind].metric
-    metric = METRIC_ALIASES.get(name, name)
+    metric = METRIC_ALIASES.get(name, nfc(name))
     known = ["bits_per_byte"] if spec.task == "chat" else list(TASK_KINDS[spec.kind].metrics)
     if spec.kind == "label" and metric.startswith("f1"):
         known += [f"{LABEL_F1}{label}" for label in spec.labels]

@@ -283,9 +283,16 @@ class Service:
             example = example_from_texts(predictor.task_spec.task, texts)
         except UsageError as error:
             raise APIError(400, f"input[{index}]: {error}", param="input") from error
-        [answer] = await self.worker.run_in_engine_thread(lambda: predictor.predict([example], issues))
-        if issues.issues:
-            message = f"input[{index}]: {issues.issues[0].what}"
+
+        def predict() -> tuple[dict[str, Any], bool]:
+            counts = predictor.encoder.cut_counts
+            num_cut = counts.total()
+            [answer] = predictor.predict([example], issues)
+            return answer, counts.total() > num_cut
+
+        answer, is_cut = await self.worker.run_in_engine_thread(predict)
+        if is_cut:  # reported last
+            message = f"input[{index}]: {issues.issues[-1].what}"
             raise APIError(400, message, param="input", code="context_length_exceeded")
         return answer
 
