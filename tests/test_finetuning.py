@@ -274,6 +274,9 @@ def test_continued_pretraining_reports_forgetting(base, tmp_path):
     assert nextword.finetune("", (), tmp_path / "run", resume=True) == made
     with pytest.raises(UsageError, match="--lora does not apply to --task continue"):
         nextword.finetune(base, text, tmp_path / "other", task="continue", lora=True)
+    table = tmp_path / "reviews.csv"
+    table.write_text("review\n" + "".join(f"{sentence(rng)} {sentence(rng)}\n" for _ in range(60)))
+    assert nextword.finetune(base, table, tmp_path / "inferred", steps=1).task == "continue"
 
 
 def test_a_fine_tuned_model_can_be_fine_tuned_again(base, tmp_path):

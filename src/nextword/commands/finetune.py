@@ -168,7 +168,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     with suggest_command(run):
         task: str | None = request["task"]
         examples = None if task else read_examples(request["data"], None, IssueLog(), request["columns"])
-        task = task or (examples.task if examples else None)
+        task = examples.task if examples is not None else task
         if task != "continue":
             settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
             return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
@@ -185,7 +185,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
         **shared.held_out_options(request),
         strict=run.strict,
     )
-    reason = f"the task is inferred: {examples.reason or 'it is text'}; for another: --task TASK\n" if examples else ""
+    reason = f"the task is inferred: {examples.reason or 'it is text'}; for another: --task TASK\n" if examples is not None else ""
     run.info(f"task continue: {shared.format_corpus(corpus)}\n{reason}".rstrip())
     recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
     return train_language_model(run, corpus, recipe, base)

@@ -85,17 +85,16 @@ def classification(
     """
     check_lengths(targets, predictions)
     is_target, is_predicted = (_multi_hot([[label] for label in names], labels) for names in (targets, predictions))
-    score, supports = _label_scores(is_target, is_predicted)
+    score, counts = _label_scores(is_target, is_predicted)
     scores = {
         "accuracy": proportion(np.any(is_target & is_predicted, axis=1)),
-        "macro_f1": score(_macro_f1, (0, 1), np.quantile(supports, 0.1)),
-        "matthews": score(_matthews, (-1, 1), len(targets) - supports.max()),
+        "macro_f1": score(_macro_f1, (0, 1), np.quantile(counts, 0.1, method="lower")),
+        "matthews": score(_matthews, (-1, 1), len(targets) - counts.max()),
     }
     for name in metric_names:
         if name.startswith(LABEL_F1):
             i = labels.index(name.removeprefix(LABEL_F1))
-            support = float(is_target[:, i].sum() + is_predicted[:, i].sum()) / 2
-            scores[name] = score(partial(_label_f1, label=i), (0, 1), support)
+            scores[name] = score(partial(_label_f1, label=i), (0, 1), float(is_target[:, i].sum()))
     return scores
 
 
@@ -112,11 +111,11 @@ def multilabel(
     """
     check_lengths(targets, predictions)
     is_target, is_predicted = _multi_hot(targets, labels), _multi_hot(predictions, labels)  # [n, K]
-    score, supports = _label_scores(is_target, is_predicted)
+    score, counts = _label_scores(is_target, is_predicted)
     return {
         "exact_match": proportion(np.all(is_target == is_predicted, axis=1)),
-        "micro_f1": score(_micro_f1, (0, 1), supports.sum()),
-        "macro_f1": score(_macro_f1, (0, 1), np.quantile(supports, 0.1)),
+        "micro_f1": score(_micro_f1, (0, 1), counts.sum()),
+        "macro_f1": score(_macro_f1, (0, 1), np.quantile(counts, 0.1, method="lower")),
     }
 
 
@@ -132,12 +131,11 @@ def _label_scores(is_target: np.ndarray, is_predicted: np.ndarray) -> tuple[Call
 
     Returns:
         A function of a statistic of the sums [R, 3 K], its bounds, and the number of examples that the interval rests on:
-        without an interval below `MIN_EXAMPLES_PER_LABEL`. And the support of each label that occurs, at least one: the
-        mean of its targets and its predictions.
+        without an interval below `MIN_EXAMPLES_PER_LABEL`. And the number of targets of each label that occurs, at least one.
     """
     rows, counts = np.unique(np.hstack([is_target & is_predicted, is_target, is_predicted]), axis=0, return_counts=True)
-    supports = (is_target.sum(0) + is_predicted.sum(0)) / 2
-    label = np.eye(len(supports))[supports > 0]
+    occurs = is_target.any(0) | is_predicted.any(0)
+    label = np.eye(len(occurs))[occurs]
     none, weights = np.zeros_like(label), np.full(3 * len(label), 0.5 / max(1, len(label)))
     prior = np.vstack([np.hstack(parts) for parts in ([label] * 3, (none, label, none), (none, none, label))])
 
@@ -147,7 +145,7 @@ def _label_scores(is_target: np.ndarray, is_predicted: np.ndarray) -> tuple[Call
         result = statistic_of_sums(rows, statistic, counts=counts, bounds=bounds, prior=(prior, weights))
         return result if num_examples >= MIN_EXAMPLES_PER_LABEL else ScoreWithCI(result.value, n=result.n)
 
-    return score, supports[supports > 0] if len(label) else np.zeros(1)
+    return score, is_target.sum(0)[occurs] if len(label) else np.zeros(1)
 
 
 def label_metric_difference(
@@ -182,7 +180,11 @@ def label_metric_difference(
         np.hstack(columns), lambda sums: statistic(sums[:, :width]) - statistic(sums[:, width:])
     )
     supports = is_target.sum(0)
-    least = supports[index] if metric_name.startswith(LABEL_F1) else np.quantile(supports[supports > 0], 0.1)
+    least = (
+        supports[index]
+        if metric_name.startswith(LABEL_F1)
+        else np.quantile(supports[supports > 0], 0.1, method="lower")
+    )
     return difference if least >= MIN_EXAMPLES_PER_LABEL else ScoreWithCI(difference.value, n=difference.n)
 
 
