@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import tracemalloc
+import unicodedata
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -197,6 +198,15 @@ def test_a_quote_that_is_never_closed_loses_one_line(tmp_path, monkeypatch):
     rows = "".join(f"row {i} of many\n" for i in range(500))
     texts, issues = read(tmp_path / "a.csv", f'text\n"open\n{rows}')
     assert [t for _, t in texts] == rows.splitlines() and issues.issues[0].line == 2
+
+
+def test_chunks_are_normalized_as_the_whole_text():
+    """Of scripts without spaces: letters with marks, syllables of two and three parts, and vowel signs of two parts."""
+    for text in ("がぎぐ", "한글과", "ộềữ", "কোকৌ"):
+        decomposed = unicodedata.normalize("NFD", text * 40)
+        for limit in range(6, 14):
+            chunks = [unicodedata.normalize("NFC", chunk) for chunk in rechunk([decomposed], limit)]
+            assert "".join(chunks) == unicodedata.normalize("NFC", decomposed)
 
 
 @settings(max_examples=200)

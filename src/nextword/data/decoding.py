@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -147,7 +148,7 @@ def rechunk(chunks: Iterable[str], max_chars: int = CHUNK_CHARS) -> Iterator[str
     """The same text in chunks of at most `max_chars` characters, cut where the tokens stay the same if possible.
 
     A cut is placed between two lines, else before a single space: the chunks then have the tokens of the whole text.
-    Without such a place it is after any newline, else anywhere.
+    Without such a place it is after any newline, else anywhere but within what NFC may compose.
     """
     rest = ""
     for chunk in chunks:
@@ -170,7 +171,19 @@ def _find_split(text: str, start: int, limit: int) -> int:
             if not text[at - 1].isspace() and not text[at + 1].isspace():
                 return at + length
             at = text.rfind(separator, start + 1, at)
-    return text.rfind("\n", start, limit) + 1 or limit
+    at = text.rfind("\n", start, limit) + 1 or limit
+    while at > start and _may_compose(text, at):
+        at -= 1
+    return at if at > start else limit
+
+
+def _may_compose(text: str, at: int) -> bool:
+    """Whether the character at `at` may become one with those before it in NFC: a mark, or the second part of a syllable."""
+    return (
+        unicodedata.combining(text[at]) > 0
+        or "\u1161" <= text[at] <= "\u11ff"
+        or len(unicodedata.normalize("NFC", text[at - 1 : at + 1])) < 2
+    )
 
 
 class RowTooLongError(Exception):
