@@ -209,6 +209,12 @@ def test_tables_without_a_header_lose_no_row(tmp_path):
         ([["Hello there.", "Bonjour."], ["Yes.", "Oui."]], False),
         ([["hello", "bonjour"], ["yes", "oui"]], None),
         ([["a text of more than five words", "x"], ["b", "y"]], False),
+        ([["这部电影很好看。", "好"], ["不好看。", "坏"]], False),
+        ([["บทความภาษาไทยเรื่องหนึ่งซึ่งยาวมาก", "x"], ["ข้อความ", "y"]], False),
+        ([["यह फ़िल्म अच्छी है।", "x"], ["नहीं", "y"]], False),
+        ([["የሰው ልጅ ነጻ ነው።", "x"], ["ነው", "y"]], False),
+        ([["评论内容", "情感标签"], ["好看", "1"], ["难看", "0"]], True),
+        ([["ข้อความ", "ป้าย"], ["ดี", "1"], ["ไม่ดี", "0"]], True),
     ],
 )
 def test_the_header_of_a_table(rows, expected):

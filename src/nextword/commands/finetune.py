@@ -185,7 +185,11 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
         **shared.held_out_options(request),
         strict=run.strict,
     )
-    reason = f"the task is inferred: {examples.reason or 'it is text'}; for another: --task TASK\n" if examples is not None else ""
+    reason = (
+        f"the task is inferred: {examples.reason or 'it is text'}; for another: --task TASK\n"
+        if examples is not None
+        else ""
+    )
     run.info(f"task continue: {shared.format_corpus(corpus)}\n{reason}".rstrip())
     recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
     return train_language_model(run, corpus, recipe, base)

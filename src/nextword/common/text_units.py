@@ -63,6 +63,7 @@ _SENTENCE_END = regex.compile(
     )""",
     regex.V1 | regex.VERBOSE,
 )
+_ENDS_SENTENCE = regex.compile(rf"\w{_TERMINATOR}$", regex.V1)
 _INITIAL = regex.compile(r"[\p{Lu}\p{Ll}\p{Lt}]\p{M}*+")
 _LAST_WORD = regex.compile(r"\w*$")
 
@@ -98,6 +99,11 @@ def uses_spaces(text: str) -> bool:
 def split_words(text: str) -> list[str]:
     """What stands between white space, with its punctuation; the graphemes of a text in a script without spaces."""
     return text.split() if uses_spaces(text) else [unit for unit in graphemes(text) if not unit.isspace()]
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a text ends with a sentence terminal of any script behind a word."""
+    return _ENDS_SENTENCE.search(text) is not None
 
 
 def sentences(text: str) -> Iterator[str]:

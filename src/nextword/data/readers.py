@@ -20,6 +20,7 @@ from typing import Any
 
 from nextword.common.errors import UsageError, import_optional
 from nextword.common.fs import MANIFEST, is_json_array, is_json_object
+from nextword.common.text_units import ends_sentence, split_words, uses_spaces
 from nextword.data.decoding import (
     MAX_LINE_CHARS,
     LineReader,
@@ -50,7 +51,7 @@ TSV_SAMPLE_CHARS = 2**24  # of which it is decided whether quotes enclose cells
 _TSV_CELL = re.compile(r"""(?:("(?:[^"]|"")*+")|([^\t\n]*))(?:[\t\n]|\Z)""")  # quoted or not
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
 _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)*")
-_SENTENCE_END = re.compile(r"\w[.!?]$")
+MAX_NAME_WORDS, MAX_NAME_CHARACTERS = 5, 15  # of a column; characters in scripts without spaces
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 ColumnSelector = Callable[[list[str]], list[str]]
@@ -550,9 +551,15 @@ def first_row_is_header(rows: Sequence[Sequence[str]], known_names: Collection[s
     numbers = [cell for cell in first if _NUMBER.fullmatch(cell)]
     counts_columns = numbers in ([str(i) for i in range(len(numbers))], [str(i + 1) for i in range(len(numbers))])
     is_range = counts_columns and len(numbers) >= len(first) - 1 and len(numbers) > 1
-    if (numbers and not is_range) or any(len(cell.split()) > 5 or _SENTENCE_END.search(cell) for cell in first):
+    if (numbers and not is_range) or any(map(_reads_like_text, first)):
         return False
     return True if is_range or any(column and all(map(_NUMBER.fullmatch, column)) for column in columns) else None
+
+
+def _reads_like_text(cell: str) -> bool:
+    """Whether a cell is too long for the name of a column, or ends with a sentence terminal of any script."""
+    limit = MAX_NAME_WORDS if uses_spaces(cell) else MAX_NAME_CHARACTERS
+    return len(split_words(cell)) > limit or ends_sentence(cell)
 
 
 def _csv_options(path: Path, lines: LineReader, issues: IssueLog) -> dict[str, Any]:
