@@ -785,7 +785,7 @@ def test_with_a_real_model(browser: "Browser", base: Path, tmp_path: Path, monke
 
     assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
     model = shutil.copytree(base / "model", tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
-    generation_config = {**json.loads((model / "generation_config.json").read_text()), "top_k": 250, "temperature": 1.2}
+    generation_config = {**json.loads((model / "generation_config.json").read_text()), "top_k": 250, "temperature": 1.234}
     (model / "generation_config.json").write_text(json.dumps(generation_config))
     with running_server(model, api_key="a secret", name="small") as server:
 
@@ -799,7 +799,8 @@ def test_with_a_real_model(browser: "Browser", base: Path, tmp_path: Path, monke
         j.page.keyboard.press("Enter")
         expect(j.at("#model")).to_contain_text("small")
         expect(j.at("#hint")).to_contain_text("not fine-tuned for chat")
-        assert [j.at(f"#{name}").input_value() for name in ("top_k", "temperature", "top_p")] == ["250", "1.2", "1"]
+        assert [j.at(f"#{name}").input_value() for name in ("temperature", "top_p", "top_k")] == ["1.234", "1", ""]
+        expect(j.at("#top_k")).to_have_attribute("placeholder", "250")
         j.field("Text to continue").fill("The list of values " * 40)  # more than its context
         expect(j.at("#count")).to_contain_text("the model reads the last 64")
         j.page.keyboard.press("Control+Enter")

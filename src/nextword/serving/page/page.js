@@ -121,12 +121,14 @@ function showDefaults(defaults) {
       field.placeholder = value || "off";
       continue;
     }
-    if (field.type === "range") field.max = Math.max(field.max, value);
-    if (field.type === "range") field.min = Math.min(field.min, value);
-    const shown = String(value);
+    if (field.type === "range") {
+      field.max = Math.max(field.max, value);
+      field.min = Math.min(field.min, value);
+    }
     const changed = field.value;
-    field.defaultValue = shown;
-    field.value = isChanged ? changed : shown;
+    field.defaultValue = field.value = value;
+    if (Number(field.value) !== value) Object.assign(field, { step: "any", value }); // between two steps of a slider
+    if (isChanged) field.value = changed;
   }
   showSettings();
 }
