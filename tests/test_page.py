@@ -785,7 +785,11 @@ def test_with_a_real_model(browser: "Browser", base: Path, tmp_path: Path, monke
 
     assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
     model = shutil.copytree(base / "model", tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
-    generation_config = {**json.loads((model / "generation_config.json").read_text()), "top_k": 250, "temperature": 1.234}
+    generation_config = {
+        **json.loads((model / "generation_config.json").read_text()),
+        "top_k": 250,
+        "temperature": 1.234,
+    }
     (model / "generation_config.json").write_text(json.dumps(generation_config))
     with running_server(model, api_key="a secret", name="small") as server:
 

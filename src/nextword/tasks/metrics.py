@@ -135,7 +135,7 @@ def _label_scores(is_target: np.ndarray, is_predicted: np.ndarray) -> tuple[Call
     """
     rows, counts = np.unique(np.hstack([is_target & is_predicted, is_target, is_predicted]), axis=0, return_counts=True)
     occurs = is_target.any(0) | is_predicted.any(0)
-    label = np.eye(len(occurs))[occurs]
+    label = np.eye(is_target.shape[1])[occurs]
     none, weights = np.zeros_like(label), np.full(3 * len(label), 0.5 / max(1, len(label)))
     prior = np.vstack([np.hstack(parts) for parts in ([label] * 3, (none, label, none), (none, none, label))])
 
