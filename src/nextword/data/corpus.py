@@ -187,8 +187,8 @@ class Corpus:
         if not_nfc := sum(split.not_nfc for split in splits):
             is_nfd = not any(split.not_nfd for split in splits)
             notes.append(
-                f"{not_nfc:,} lines are not in the Unicode normalization form NFC{' but in NFD' if is_nfd else ''}: prompts in "
-                "NFC will be other characters to a model of this text. --normalize nfc trains on the text in NFC"
+                f"{not_nfc:,} lines are not in the Unicode normalization form NFC{' but in NFD' if is_nfd else ''}: their "
+                "characters look like those of NFC, but are other tokens. --normalize nfc trains on the text in NFC"
             )
         return notes
 
